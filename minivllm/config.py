@@ -1,0 +1,126 @@
+"""Every start-up setting, in frozen records, with all their validation.
+
+    EngineConfig
+    ├── ModelConfig       what the checkpoint says: widths, context, dtype
+    ├── CacheConfig       the pool of key/value blocks
+    └── SchedulerConfig   how much work goes into one step
+
+Nothing is changed after construction. The records know no torch and read no file: engine/llm_engine.py
+fills them from the model, cli.py and llm.py from the user. Twin in vLLM: vllm/config/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from minivllm.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+SCHEDULING_POLICIES = ("fcfs", "priority")
+DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is asked for, not stumbled into
+
+
+def _check_int(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} must be an integer in [{low}, {high}], got {value!r}.", parameter=name)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.", parameter=name)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What the rest of the engine must know about the checkpoint."""
+
+    name: str
+    dtype: str
+    max_model_len: int  # tokens of prompt and output together
+    vocab_size: int  # width of the logits: token ids are in [0, vocab_size)
+    is_pooling: bool = False  # an embedding model: no sampling
+    is_encoder: bool = False  # bidirectional attention: no cache, no chunks
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_int("max_model_len", self.max_model_len, 1)
+        _check_int("vocab_size", self.vocab_size, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The block pool. Exactly one of three ways decides its size, in this order of precedence:
+    num_gpu_blocks_override, kv_cache_memory_bytes, gpu_memory_utilization (a share of the device's memory;
+    on a CPU, of the RAM)."""
+
+    block_size: int = 16  # tokens per block
+    gpu_memory_utilization: float = 0.25
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("block_size", self.block_size, 1, 1024)
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization must be a share in (0, 1], got {share!r}.", parameter="gpu_memory_utilization"
+            )
+        if self.kv_cache_memory_bytes is not None:
+            _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**60)
+        if self.num_gpu_blocks_override is not None:
+            _check_int("num_gpu_blocks_override", self.num_gpu_blocks_override, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How much work goes into one step."""
+
+    max_num_seqs: int = 64  # requests running at the same time
+    max_num_batched_tokens: int = 1024  # the token budget of a step
+    max_model_len: int = DEFAULT_MAX_MODEL_LEN
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0  # cap on one prompt's share of a step; 0 = none
+    policy: str = "fcfs"
+
+    def __post_init__(self) -> None:
+        _check_int("max_num_seqs", self.max_num_seqs, 1, 65536)
+        _check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _check_int("max_model_len", self.max_model_len, 1)
+        _check_int("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
+        _check_choice("scheduling_policy", self.policy, SCHEDULING_POLICIES)
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"max_num_batched_tokens must be at least max_model_len ({self.max_model_len}) when chunked prefill "
+                f"is off, got {self.max_num_batched_tokens}: a longer prompt could never be computed. Raise it, lower "
+                "max_model_len, or leave chunked prefill on.",
+                parameter="max_num_batched_tokens",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All of it. `batch_invariant` makes a request's logits independent of whatever else runs, bit for bit."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    batch_invariant: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+
+
+def choose_max_model_len(requested: int | None, limit: int | None) -> int:
+    """The context length: what the user asked for, within what the checkpoint was trained for (`limit`)."""
+    if requested is None:
+        return min(limit or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+    _check_int("max_model_len", requested, 1)
+    if limit is not None and requested > limit:
+        raise ConfigError(
+            f"max_model_len must be at most {limit}, the context this model was made for, got {requested}.",
+            parameter="max_model_len",
+        )
+    return requested
