@@ -84,11 +84,11 @@ class KVCacheManager:
         self._cache_full_blocks(request, table, num_computed + num_new_tokens)
         return new_blocks
 
-    def has_room_for_whole(self, request: Request, computed_blocks: list[KVCacheBlock]) -> bool:
-        """Whether every token the request has now would fit, not only this step's chunk."""
+    def num_blocks_for_whole(self, request: Request, computed_blocks: list[KVCacheBlock]) -> int:
+        """Free blocks that all the tokens the request has now would take, not only this step's chunk: new ones, and
+        hits that lie in the free queue."""
         num_missing = self.num_blocks_for(request.num_tokens) - len(computed_blocks)
-        num_revived = sum(block.ref_cnt == 0 for block in computed_blocks)
-        return num_missing + num_revived <= self.pool.num_free_blocks
+        return num_missing + sum(block.ref_cnt == 0 for block in computed_blocks)
 
     def free(self, request: Request) -> None:
         """Give all blocks of the request back, last one first, so that a prefix's tail is lost before its head."""

@@ -46,19 +46,21 @@ class PriorityRequestQueue:
     """Lower priority number first, then order of arrival. A removed request is skipped when it comes up."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, str]] = []
+        self._heap: list[tuple[int, int, str]] = []  # with leftovers of removed requests, at most as many as live ones
         self._requests: dict[str, Request] = {}
 
     def add(self, request: Request) -> None:
         self._requests[request.request_id] = request
-        heapq.heappush(self._heap, (request.priority, request.arrival, request.request_id))
+        heapq.heappush(self._heap, self._entry(request))
 
     put_back = add
 
     def peek(self) -> Request:
-        while self._heap[0][2] not in self._requests:
+        while True:
+            request = self._requests.get(self._heap[0][2])
+            if request is not None and self._entry(request) == self._heap[0]:  # an id may have come back
+                return request
             heapq.heappop(self._heap)
-        return self._requests[self._heap[0][2]]
 
     def pop(self) -> Request:
         request = self.peek()
@@ -68,14 +70,19 @@ class PriorityRequestQueue:
 
     def remove(self, request: Request) -> None:
         del self._requests[request.request_id]
-        if not self._requests:
-            self._heap.clear()
+        if len(self._heap) > 2 * len(self._requests):
+            self._heap = [self._entry(other) for other in self._requests.values()]
+            heapq.heapify(self._heap)
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(sorted(self._requests.values(), key=lambda request: (request.priority, request.arrival)))
+        return iter(sorted(self._requests.values(), key=self._entry))
+
+    @staticmethod
+    def _entry(request: Request) -> tuple[int, int, str]:
+        return request.priority, request.arrival, request.request_id
 
 
 RequestQueue = FCFSRequestQueue | PriorityRequestQueue

@@ -44,6 +44,9 @@ class Scheduler:
 
     # ------------------------------------------------------------------ requests in and out
     def add_request(self, request: Request) -> None:
+        """Put a request in line. Its id must not be in use: the older one would vanish."""
+        if request.request_id in self.requests:
+            raise ValueError(f"request id {request.request_id!r} is in use")
         self.requests[request.request_id] = request
         self.waiting.add(request)
 
@@ -99,24 +102,23 @@ class Scheduler:
         return step
 
     def _schedule_running(self, step: SchedulerOutput) -> None:
-        index = 0
-        while index < len(self.running) and step.total_num_scheduled_tokens < self.config.max_num_batched_tokens:
-            request = self.running[index]
+        for request in list(self.running):
+            if request.status is RequestStatus.PREEMPTED:  # a victim of this step
+                continue
             num_missing = len(request.all_token_ids) - request.num_computed_tokens
+            if step.total_num_scheduled_tokens >= self.config.max_num_batched_tokens:
+                facts = (0, num_missing, self._chunking)
+                step.decisions.append(Decision(request.request_id, "wait_budget", 0, facts))
+                continue
             num_tokens = self._clip(num_missing, step)
             new_blocks = self._grow(request, num_tokens, step)
-            if new_blocks is None:  # it was itself the last in line and had to give up
-                break
+            if new_blocks is None:  # it mattered least and gave way itself; its blocks may help the next ones
+                continue
             cached = CachedRequestData(
                 request.request_id, [block.block_id for block in new_blocks], request.num_computed_tokens
             )
             step.scheduled_cached_reqs.append(cached)
             self._record(step, request, num_tokens, num_missing)
-            # A victim before this one in the list moves it to the left (priority policy).
-            index = self.running.index(request, max(0, index - len(step.preempted_req_ids))) + 1
-        for request in self.running[index:]:
-            if not step.preempted_req_ids:
-                step.decisions.append(Decision(request.request_id, "wait_budget", 0, (0, 1, self._chunking)))
 
     def _schedule_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the head of the line. The first that cannot come in stops the line: nobody overtakes."""
@@ -124,7 +126,8 @@ class Scheduler:
             request = self.waiting.peek()
             refusal = self._try_admit(request, step)
             if refusal is not None:
-                step.decisions.append(refusal)
+                if request.request_id not in step.preempted_req_ids:  # its "preempt" of this step has said it
+                    step.decisions.append(refusal)
                 return
 
     def _try_admit(self, request: Request, step: SchedulerOutput) -> Decision | None:
@@ -141,10 +144,10 @@ class Scheduler:
         num_missing = request.num_tokens - num_cached_tokens
         if num_missing > budget and not self.config.enable_chunked_prefill:
             return Decision(request.request_id, "wait_budget", 0, (budget, num_missing, self._chunking))
-        if not self.kv_cache.has_room_for_whole(request, computed_blocks):
-            num_blocks = self.kv_cache.num_blocks_for(request.num_tokens) - len(computed_blocks)
-            facts = (num_blocks, self.kv_cache.pool.num_free_blocks)
-            return Decision(request.request_id, "wait_blocks", 0, facts)
+        num_needed = self.kv_cache.num_blocks_for_whole(request, computed_blocks)
+        num_free = self.kv_cache.pool.num_free_blocks
+        if num_needed > num_free:
+            return Decision(request.request_id, "wait_blocks", 0, (num_needed, num_free))
         num_tokens = self._clip(num_missing, step)
         self.kv_cache.allocate_slots(request, num_tokens, computed_blocks)
         self._admit(request, num_cached_tokens, step)
@@ -174,10 +177,10 @@ class Scheduler:
         )
 
     def _clip(self, num_missing: int, step: SchedulerOutput) -> int:
-        """How many of the missing tokens this step computes."""
+        """How many of the missing tokens this step computes. Without chunked prefill a prompt is never cut."""
         num_tokens = min(num_missing, self.config.max_num_batched_tokens - step.total_num_scheduled_tokens)
         threshold = self.config.long_prefill_token_threshold
-        if 0 < threshold < num_tokens and len(self.requests) > 1:
+        if 0 < threshold < num_tokens and self.config.enable_chunked_prefill and len(self.requests) > 1:
             return threshold
         return num_tokens
 
@@ -214,12 +217,14 @@ class Scheduler:
             victim = self.running[-1]
             if self.config.policy == "priority":
                 victim = max(self.running, key=lambda other: (other.priority, other.arrival))
-            self._preempt(victim, request, step)
+            num_needed = self.kv_cache.num_blocks_for(request.num_computed_tokens + num_tokens)
+            num_needed -= len(self.kv_cache.tables[request.request_id])
+            self._preempt(victim, request, num_needed, step)
             if victim is request:
                 return None
 
-    def _preempt(self, victim: Request, cause: Request, step: SchedulerOutput) -> None:
-        facts = (cause.request_id, self.kv_cache.pool.num_free_blocks, 1)
+    def _preempt(self, victim: Request, cause: Request, num_needed: int, step: SchedulerOutput) -> None:
+        facts = (cause.request_id, self.kv_cache.pool.num_free_blocks, num_needed)
         self.running.remove(victim)
         self.kv_cache.free(victim)
         victim.status = RequestStatus.PREEMPTED
