@@ -1,0 +1,46 @@
+"""Writes a step's keys and values into the paged cache.
+
+    cache[:, slot // block_size, slot % block_size] = row,      slot = slot_mapping[token]
+
+Slot -1 means: do not write (padding). All other slots must lie in the cache and differ from each other. Untouched
+slots keep their content. Called by models/layers.py before attention, so that a token also sees itself.
+Twin in vLLM: csrc/cache_kernels.cu (reshape_and_cache) and v1/attention/ops/triton_reshape_and_cache_flash.py.
+"""
+
+import torch
+
+from minivllm.kernels.dispatch import choose
+from minivllm.kernels.reshape_and_cache import cpu, reference
+
+__all__ = ["reshape_and_cache"]
+
+
+def reshape_and_cache(
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    k_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    v_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    slot_mapping: torch.Tensor,  # [num_tokens] int64
+    *,
+    impl: str = "auto",
+) -> None:
+    """Changes k_cache and v_cache in place.
+
+    Raises ValueError naming both sides where shapes or dtypes do not fit, or where a slot lies outside the cache: no
+    such slot is ever written.
+    """
+    num_kv_heads, _, _, head_size = k_cache.shape
+    if key.shape[1:] != (num_kv_heads, head_size) or value.shape != key.shape or v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"key, value: expected [num_tokens, {num_kv_heads}, {head_size}] as the caches {list(k_cache.shape)} and "
+            f"{list(v_cache.shape)}, got {list(key.shape)} and {list(value.shape)}"
+        )
+    if slot_mapping.shape != key.shape[:1] or slot_mapping.dtype != torch.int64:
+        raise ValueError(
+            f"slot_mapping: expected [{key.shape[0]}] int64, got {list(slot_mapping.shape)} {slot_mapping.dtype}"
+        )
+    if key.dtype != k_cache.dtype or value.dtype != v_cache.dtype:
+        raise ValueError(f"key, value: expected {k_cache.dtype} as the caches, got {key.dtype} and {value.dtype}")
+    run = cpu.write if choose(impl, key) == "cpu" else reference.write
+    run(key, k_cache, slot_mapping)
+    run(value, v_cache, slot_mapping)

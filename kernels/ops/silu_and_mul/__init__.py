@@ -1,0 +1,31 @@
+"""The gate of a gated MLP: activation(gate) * up, where gate and up are the two halves of one row.
+
+    out[i] = activation(x[i]) * x[size + i]          silu(g) = g / (1 + exp(-g));  gelu in its tanh form
+
+gate_proj and up_proj are one matrix product, so their outputs lie side by side. Every value depends on two values.
+Called by models/layers.py. Twin in vLLM: model_executor/layers/activation.py and csrc/activation_kernels.cu.
+"""
+
+import torch
+
+from minivllm.kernels.dispatch import choose
+from minivllm.kernels.silu_and_mul import cpu, reference
+
+__all__ = ["ACTIVATIONS", "silu_and_mul"]
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+def silu_and_mul(
+    x: torch.Tensor,  # [..., 2 * size]: gate, then up
+    *,
+    activation: str = "silu",
+    impl: str = "auto",
+) -> torch.Tensor:  # [..., size]
+    """Raises ValueError for an odd width or an unknown activation."""
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even last dimension (gate and up side by side), got {list(x.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    run = cpu.silu_and_mul if choose(impl, x) == "cpu" else reference.silu_and_mul
+    return run(x, activation)
