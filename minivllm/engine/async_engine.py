@@ -1,0 +1,198 @@
+"""AsyncEngine: the engine for many callers at once.
+
+    caller threads            one engine thread
+    submit() ── inbox ──▶     add, abort, step, step, ...
+    for output in stream ◀──  a mailbox per request
+
+Only the engine thread touches LLMEngine's scheduler and worker. Text becomes token ids in the caller's thread, so
+that a long prompt does not hold up the others' next token. A mailbox is bounded: outputs are cumulative, so a newer one
+replaces an unread older one and a slow reader costs no memory.
+
+Knows no HTTP. Called by the HTTP layer and by anybody with several threads.
+Twin in vLLM: vllm/v1/engine/async_llm.py.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from minivllm.engine.input_processor import EngineCoreRequest, PromptType
+from minivllm.engine.llm_engine import AnyOutput, LLMEngine
+from minivllm.errors import EngineDeadError, OverloadedError
+from minivllm.sampling_params import SamplingParams
+
+STOP_TIMEOUT_SECONDS = 30.0
+
+
+class RequestStream:
+    """The answer of one request, as an iterator of cumulative outputs; the last one has finished=True.
+
+    close() (or leaving a `with` block) gives the request up: its blocks are free after the running step.
+    """
+
+    def __init__(self, request_id: str, cancel: Callable[[str], None]):
+        self.request_id = request_id
+        self._cancel = cancel
+        self._changed = threading.Condition()
+        self._latest: AnyOutput | None = None
+        self._error: Exception | None = None
+        self._done = False
+
+    def put(self, output: AnyOutput) -> None:
+        with self._changed:
+            self._latest = output
+            self._done = self._done or output.finished
+            self._changed.notify_all()
+
+    def fail(self, error: Exception) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._done = True
+            self._changed.notify_all()
+
+    def next(self, timeout_seconds: float | None = None) -> AnyOutput | None:
+        """The newest output that was not yet handed out; None after the last one.
+
+        Raises TimeoutError when nothing came in time, EngineDeadError when the engine ended.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._latest is not None or self._done, timeout_seconds):
+                raise TimeoutError(f"request {self.request_id} had no output for {timeout_seconds} s")
+            output, self._latest = self._latest, None
+            if output is None and self._error is not None:
+                raise self._error
+            return output
+
+    def __iter__(self) -> Iterator[AnyOutput]:
+        while (output := self.next()) is not None:
+            yield output
+
+    def close(self) -> None:
+        if not self._done:
+            self._cancel(self.request_id)
+
+    def __enter__(self) -> RequestStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncEngine:
+    """Runs `engine` in a thread of its own.
+
+    Args:
+        max_queue: requests that may be unfinished beyond those that can run; more raise OverloadedError.
+    """
+
+    def __init__(self, engine: LLMEngine, max_queue: int = 256):
+        self.engine = engine
+        self._max_requests = engine.config.scheduler.max_num_seqs + max_queue
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._streams: dict[str, RequestStream] = {}
+        self._dead: EngineDeadError | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and self._dead is None
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self._streams)
+
+    def submit(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **options: Any,  # priority, cache_salt; embed=True for an embedding
+    ) -> RequestStream:
+        """Queue a request. Raises ClientError for a bad one, OverloadedError when the queue is full."""
+        if len(self._streams) >= self._max_requests:  # before the prompt is tokenised
+            raise OverloadedError(f"{len(self._streams)} requests are in flight, at most {self._max_requests} may be")
+        core_request = self.engine.process_input(prompt, sampling_params, request_id=request_id, **options)
+        stream = RequestStream(core_request.request_id, self.abort)
+        with self._lock:
+            if self._dead is not None or self._stopping:
+                raise self._dead or EngineDeadError("the engine is shutting down")
+            self._streams[stream.request_id] = stream
+        self._inbox.put(lambda: self._add_now(core_request, stream))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Give a request up, wherever it is."""
+        self._inbox.put(lambda: self._abort_now(request_id))
+
+    def shutdown(self) -> None:
+        """Abort everything and end the thread."""
+        self._stopping = True
+        self._inbox.put(None)
+        self._thread.join(STOP_TIMEOUT_SECONDS)
+
+    def __enter__(self) -> AsyncEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    # ------------------------------------------------------------------ the engine thread
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                for output in self.engine.step():
+                    self._deliver(output)
+            for request_id in list(self._streams):
+                self.engine.abort_request(request_id)
+            self._end(EngineDeadError("the engine was shut down"))
+        except BaseException as error:
+            self._end(EngineDeadError(f"the engine loop ended: {type(error).__name__}"))
+            raise
+
+    def _take_messages(self) -> bool:
+        """Carry out what callers asked for; wait for it when there is nothing to compute. False: shut down."""
+        may_wait = not self.engine.has_unfinished_requests()
+        while True:
+            try:
+                message = self._inbox.get(block=may_wait)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+            may_wait = may_wait and not self.engine.has_unfinished_requests()
+
+    def _add_now(self, core_request: EngineCoreRequest, stream: RequestStream) -> None:
+        try:
+            self.engine.add_processed(core_request)
+        except Exception as error:  # one bad request must not end the others
+            with self._lock:
+                self._streams.pop(core_request.request_id, None)
+            stream.fail(error)
+
+    def _abort_now(self, request_id: str) -> None:
+        for output in self.engine.abort_request(request_id):
+            self._deliver(output)
+
+    def _deliver(self, output: AnyOutput) -> None:
+        if output.finished:
+            with self._lock:
+                stream = self._streams.pop(output.request_id, None)
+        else:
+            stream = self._streams.get(output.request_id)
+        if stream is not None:
+            stream.put(output)
+
+    def _end(self, error: EngineDeadError) -> None:
+        with self._lock:
+            self._dead = error
+            streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            stream.fail(error)

@@ -1,0 +1,314 @@
+"""LLMEngine: text in, text out, one step at a time. The only owner of the scheduler and the executor.
+
+    add_request ──▶ input_processor ──▶ scheduler.add_request
+    step        ──▶ scheduler.schedule ──▶ executor.execute_model ──▶ scheduler.update_from_output
+                                                        └──▶ output_processor ──▶ [RequestOutput]
+
+Single-threaded: async_engine.py gives it a thread, llm.py a loop. Knows no HTTP.
+Twin in vLLM: vllm/v1/engine/llm_engine.py and core.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minivllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, choose_max_model_len
+from minivllm.core.request import FinishReason, Request
+from minivllm.core.scheduler import Scheduler
+from minivllm.engine.input_processor import EngineCoreRequest, InputProcessor, PromptType
+from minivllm.engine.output_processor import OutputProcessor
+from minivllm.engine.tokenizer import Tokenizer, load_tokenizer
+from minivllm.errors import ConfigError, InvalidRequestError
+from minivllm.hub import ModelSource, resolve_model
+from minivllm.models import loader, registry
+from minivllm.models.linear import ModelOptions
+from minivllm.outputs import Decision, EmbeddingRequestOutput, EngineCoreOutput, RequestOutput, SchedulerOutput
+from minivllm.sampling_params import SamplingParams
+from minivllm.worker.executor import Executor
+from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
+
+AnyOutput = RequestOutput | EmbeddingRequestOutput
+logger = logging.getLogger(__name__)
+
+
+class LLMEngine:
+    """Args:
+    config: everything that was decided at start-up.
+    executor: model loaded, cache reserved.
+    tokenizer: None for a model without one: prompts are then token ids, and outputs have no text.
+    plan: the cache's arithmetic.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        plan: KVCachePlan,
+        generation_config: dict[str, Any] | None = None,
+    ):
+        self.config = config
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.eos_token_ids = collect_eos_token_ids(tokenizer, generation_config or {})
+        self.scheduler = Scheduler(config.scheduler, config.cache, plan.num_blocks)
+        self.input_processor = InputProcessor(
+            tokenizer,
+            vocab_size=config.model.vocab_size,
+            max_model_len=config.model.max_model_len,
+            eos_token_ids=self.eos_token_ids,
+            generation_config=generation_config,
+            num_blocks=plan.num_blocks - 1,
+            block_size=plan.block_size,
+            seed=config.seed,
+        )
+        self.output_processor = OutputProcessor(tokenizer)
+        self.last_step: SchedulerOutput | None = None  # for the trace and the state endpoint
+        self._executor = executor
+        self._num_requests = 0
+
+    # ------------------------------------------------------------------ requests
+    def process_input(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        embed: bool = False,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EngineCoreRequest:
+        """Check and tokenise a request without queueing it. May be called from any thread.
+
+        Raises ClientError naming the parameter.
+        """
+        request_id = request_id or f"{self._next_request_number()}"
+        options = {"priority": priority, "cache_salt": cache_salt}
+        if embed:
+            return self.input_processor.process_pooling(request_id, prompt, **options)
+        if self.config.model.is_pooling:
+            raise InvalidRequestError(f"{self.config.model.name} is an embedding model and generates no text.")
+        return self.input_processor.process(request_id, prompt, sampling_params, **options)
+
+    def add_processed(self, request: EngineCoreRequest) -> None:
+        """Queue a checked request: one sequence per candidate (n, best_of)."""
+        for child in self.output_processor.add_request(request):
+            self.scheduler.add_request(self._to_core(child))
+
+    def add_request(self, prompt: PromptType, sampling_params: SamplingParams | None = None, **options: Any) -> str:
+        """process_input and add_processed in one call; returns the request id."""
+        request = self.process_input(prompt, sampling_params, **options)
+        self.add_processed(request)
+        return request.request_id
+
+    def abort_request(self, request_id: str) -> list[AnyOutput]:
+        """Give a request up, wherever it is; its blocks are free at once. Returns its last output, if it was there."""
+        child_ids, output = self.output_processor.abort_request(request_id)
+        for child_id in child_ids:
+            self.scheduler.finish_request(child_id)
+        return [output] if output is not None else []
+
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished_requests
+
+    def _next_request_number(self) -> int:
+        self._num_requests += 1
+        return self._num_requests
+
+    def _to_core(self, request: EngineCoreRequest) -> Request:
+        params = request.sampling_params
+        every_position = params is None and self._executor.pooling_type != "LAST"
+        return Request(
+            request.request_id,
+            request.prompt_token_ids,
+            params,
+            max_tokens=request.max_tokens,
+            eos_token_ids=request.eos_token_ids,
+            stop_token_ids=request.stop_token_ids - request.eos_token_ids,
+            bad_words_token_ids=request.bad_words_token_ids,
+            seed=request.seed,
+            priority=request.priority,
+            arrival=self._next_request_number(),
+            cache_salt=request.cache_salt,
+            skip_prefix_cache=every_position or (params is not None and params.prompt_logprobs is not None),
+        )
+
+    # ------------------------------------------------------------------ one step
+    def step(self) -> list[AnyOutput]:
+        """Compute one step and return what it changed for the callers.
+
+        An exception of the model fails the requests of this step; the engine goes on with the others.
+        """
+        if not self.scheduler.has_work:
+            return []
+        step = self.last_step = self.scheduler.schedule()
+        try:
+            result = self._executor.execute_model(step)
+        except Exception as error:
+            logger.exception("step %d failed", step.step)
+            outputs = self.scheduler.fail_step(step, f"the step failed: {type(error).__name__}: {error}")
+        else:
+            outputs = self.scheduler.update_from_output(step, result)
+        return self._process_outputs(outputs)
+
+    def _process_outputs(self, outputs: list[EngineCoreOutput]) -> list[AnyOutput]:
+        processed = self.output_processor.process_outputs(outputs)
+        for request_id in processed.stopped_request_ids:  # a stop string: only here is there text to find it in
+            self.scheduler.finish_request(request_id, FinishReason.STOP)
+        return processed.request_outputs
+
+    # ------------------------------------------------------------------ text
+    def render_chat(self, messages: Any, **template_options: Any) -> PromptType:
+        """A conversation as a prompt, through the model's chat template. Raises ClientError."""
+        return self.input_processor.render_chat(messages, **template_options)
+
+    def tokenize_prompt(self, prompt: PromptType) -> tuple[list[int], int]:
+        """(token ids, tokens of room left in the context)."""
+        prompt_token_ids = self.input_processor.tokenize_prompt(prompt)
+        return prompt_token_ids, self.config.model.max_model_len - len(prompt_token_ids)
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens) if self.tokenizer else ""
+
+    def default_sampling_params(self) -> SamplingParams:
+        """The model's generation_config; what it does not say is SamplingParams' own default."""
+        return self.input_processor.default_sampling_params()
+
+    # ------------------------------------------------------------------ looking in
+    def decisions(self) -> list[Decision]:
+        """What the last step decided for every request, waiting ones included."""
+        if self.last_step is None:
+            return []
+        decided = {decision.request_id for decision in self.last_step.decisions}
+        waiting = [d for d in self.scheduler.waiting_reasons(self.last_step) if d.request_id not in decided]
+        return [*self.last_step.decisions, *waiting]
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix; False while requests are running."""
+        return self.scheduler.kv_cache.pool.reset_prefix_cache()
+
+    # ------------------------------------------------------------------ start-up
+    @classmethod
+    def from_model(
+        cls,
+        model: str | Path | None = None,
+        *,
+        tokenizer: str | Path | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 1024,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+        gpu_memory_utilization: float = 0.25,
+        kv_cache_memory_bytes: int | None = None,
+        num_gpu_blocks_override: int | None = None,
+        scheduling_policy: str = "fcfs",
+        long_prefill_token_threshold: int = 0,
+        batch_invariant: bool = False,
+        speculative_config: dict[str, Any] | None = None,
+        seed: int = 0,
+        show_progress: bool = False,
+        poison: bool = False,
+    ) -> LLMEngine:
+        """Find, check and load a model. The arguments are LLM's; `poison` fills unwritten cache slots with NaN (tests).
+
+        Everything that can be checked without the weights is checked before they are read.
+        Raises ModelNotFoundError, ConfigError.
+        """
+        if speculative_config is not None:
+            raise ConfigError("speculative_config must be None: not built yet.", parameter="speculative_config")
+        cache_config = CacheConfig(
+            block_size=block_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            num_gpu_blocks_override=num_gpu_blocks_override,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress)
+        model_config = facts.model_config
+        is_encoder = model_config.is_encoder
+        if is_encoder:  # nothing is cached, and every token sees every other: whole prompts only
+            cache_config = dataclasses.replace(cache_config, enable_prefix_caching=False)
+            enable_chunked_prefill = False
+            max_num_batched_tokens = max(max_num_batched_tokens, model_config.max_model_len)
+        scheduler_config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=model_config.max_model_len,
+            enable_chunked_prefill=enable_chunked_prefill,
+            long_prefill_token_threshold=long_prefill_token_threshold,
+            policy=scheduling_policy,
+        )
+        config = EngineConfig(model_config, cache_config, scheduler_config, batch_invariant, seed)
+        text_source = facts.source if tokenizer is None else resolve_model(tokenizer, show_progress=show_progress)
+        loaded_tokenizer = load_tokenizer(text_source)
+        generation_config = loader.load_generation_config(facts.source)
+        executor = Executor(
+            loader.load_model(
+                facts.source,
+                facts.hf_config,
+                ModelOptions(dtype=facts.dtype, batch_invariant=batch_invariant),
+                show_progress=show_progress,
+            ),
+            facts.dtype,
+            model_config.max_model_len,
+            pooling_type=loader.load_pooling_type(facts.source, is_encoder),
+            causal=not is_encoder,
+            batch_invariant=batch_invariant,
+            poison=poison,
+        )
+        plan = plan_kv_cache(
+            cache_config,
+            executor.kv_cache_specs,
+            facts.dtype,
+            executor.weight_bytes,
+            max_num_seqs * model_config.max_model_len,
+        )
+        executor.initialize_kv_cache(plan)
+        return cls(config, executor, loaded_tokenizer, plan, generation_config)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model before its weights are read."""
+
+    source: ModelSource
+    hf_config: Any
+    dtype: torch.dtype
+    model_config: ModelConfig
+
+
+def read_model_facts(
+    model: str | Path | None, *, dtype: str = "auto", max_model_len: int | None = None, show_progress: bool = False
+) -> ModelFacts:
+    """Find a model and read its configuration. Raises ModelNotFoundError, ConfigError."""
+    source = resolve_model(model, show_progress=show_progress)
+    hf_config = loader.load_hf_config(source)
+    torch_dtype = loader.resolve_dtype(dtype, hf_config, source)
+    text_config = hf_config.get_text_config()
+    is_encoder = registry.is_encoder(hf_config)
+    model_config = ModelConfig(
+        name=source.name,
+        dtype=str(torch_dtype).removeprefix("torch."),
+        max_model_len=choose_max_model_len(max_model_len, getattr(text_config, "max_position_embeddings", None)),
+        vocab_size=text_config.vocab_size,
+        is_pooling=not registry.generates_text(hf_config),
+        is_encoder=is_encoder,
+    )
+    return ModelFacts(source, hf_config, torch_dtype, model_config)
+
+
+def collect_eos_token_ids(tokenizer: Tokenizer | None, generation_config: dict[str, Any]) -> frozenset[int]:
+    """The tokenizer's eos and generation_config's, which may be several."""
+    eos = generation_config.get("eos_token_id")
+    token_ids = {eos} if isinstance(eos, int) else set(eos or ())
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        token_ids.add(tokenizer.eos_token_id)
+    return frozenset(token_ids)

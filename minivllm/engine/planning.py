@@ -1,0 +1,111 @@
+"""What will fit: the arithmetic of weights, cache and concurrency, before any weight is read.
+
+Uses the same functions as the engine, so that what is predicted is what is reserved.
+Knows no scheduler. Called by cli.py (`minivllm plan`). Twin in vLLM: the start-up log lines of gpu_worker.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minivllm.config import CacheConfig
+from minivllm.engine.llm_engine import read_model_facts
+from minivllm.models import loader
+from minivllm.models.layers import KVCacheSpec
+from minivllm.models.linear import ModelOptions
+from minivllm.models.registry import model_class
+from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """The numbers and where they come from."""
+
+    name: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    num_parameters: int
+    specs: list[KVCacheSpec]
+    cache: KVCachePlan
+
+    def as_dict(self) -> dict[str, Any]:
+        cache = self.cache
+        return {
+            "model": self.name,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "num_parameters": self.num_parameters,
+            "weight_bytes": cache.weight_bytes,
+            "kv_bytes_per_token": cache.bytes_per_token,
+            "block_size": cache.block_size,
+            "num_blocks": cache.num_blocks,
+            "pool_bytes": cache.pool_bytes,
+            "pool_tokens": cache.num_tokens,
+            "concurrency": round(cache.concurrency(self.max_model_len), 2),
+            "device_bytes": cache.device_bytes,
+            "rule": cache.rule,
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, value, arithmetic), for a table."""
+        cache, size = self.cache, torch.tensor([], dtype=getattr(torch, self.dtype)).element_size()
+        heads = self.specs[0] if self.specs else KVCacheSpec(0, 0)
+        concurrency = cache.concurrency(self.max_model_len)
+        together = min(self.max_num_seqs, math.floor(concurrency))
+        return [
+            ("weights", f"{cache.weight_bytes / GIB:.3f} GiB", f"{self.num_parameters:,} parameters x {size} bytes"),
+            (
+                "per token",
+                f"{cache.bytes_per_token:,} bytes",
+                f"2 (key, value) x {len(self.specs)} layers x {heads.num_kv_heads} heads x {heads.head_size} x {size} bytes",
+            ),
+            ("per block", f"{cache.bytes_per_block:,} bytes", f"{cache.block_size} tokens"),
+            ("RAM", f"{cache.device_bytes / GIB:.2f} GiB", cache.rule),
+            (
+                "blocks",
+                f"{cache.num_blocks:,}",
+                f"{cache.pool_bytes / GIB:.2f} GiB / {cache.bytes_per_block:,} bytes, block 0 is the null block",
+            ),
+            ("tokens", f"{cache.num_tokens:,}", f"({cache.num_blocks:,} - 1) x {cache.block_size}"),
+            (
+                "concurrency",
+                f"{concurrency:.2f}",
+                f"requests of max_model_len {self.max_model_len:,} that fit at once; at most {self.max_num_seqs} run, "
+                f"so {together} of full length",
+            ),
+        ]
+
+
+def plan_engine(
+    model: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    block_size: int = 16,
+    max_num_seqs: int = 64,
+    gpu_memory_utilization: float = 0.25,
+    kv_cache_memory_bytes: int | None = None,
+) -> EnginePlan:
+    """The plan for LLM(...) with the same arguments. Raises ModelNotFoundError, ConfigError."""
+    config = CacheConfig(block_size, gpu_memory_utilization, kv_cache_memory_bytes)
+    facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len)
+    shapes = loader.weight_shapes(facts.source)
+    if facts.hf_config.get_text_config().tie_word_embeddings:
+        shapes.pop(loader.LM_HEAD, None)
+    num_parameters = sum(math.prod(shape) for shape in shapes.values())
+    with torch.device("meta"):
+        specs = list(model_class(facts.hf_config)(facts.hf_config, ModelOptions(dtype=facts.dtype)).kv_cache_specs)
+    weight_bytes = num_parameters * facts.dtype.itemsize
+    max_len = facts.model_config.max_model_len
+    cache = plan_kv_cache(config, specs, facts.dtype, weight_bytes, max_num_seqs * max_len)
+    return EnginePlan(
+        facts.source.name, facts.model_config.dtype, max_len, max_num_seqs, num_parameters, specs, cache
+    )

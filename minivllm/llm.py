@@ -1,0 +1,279 @@
+"""LLM: the engine for offline use. A thin face over LLMEngine.
+
+    llm = LLM()                                   # the default model
+    llm.generate("The capital of France is")      # -> [RequestOutput]
+
+Takes any number of prompts at once and runs them together; answers come back in the order of the prompts.
+Knows no HTTP. Twin in vLLM: vllm/entrypoints/llm.py (same names; `stream` is ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from minivllm.engine.input_processor import PromptType
+from minivllm.engine.llm_engine import AnyOutput, LLMEngine
+from minivllm.errors import InvalidRequestError, ServerError
+from minivllm.outputs import (
+    BeamSearchOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from minivllm.sample.beam_search import beam_search
+from minivllm.sampling_params import BeamSearchParams, SamplingParams
+
+Message = dict[str, Any]
+
+
+class LLM:
+    """A loaded model with its cache and scheduler.
+
+    Args:
+        model: a folder with safetensors, a .gguf file, a Hugging Face id, or None for SmolLM2-135M-Instruct.
+        tokenizer: another folder or .gguf file to take the tokenizer from.
+        dtype: "float32", "bfloat16", or "auto": what the checkpoint says, as far as this CPU can compute it.
+        max_model_len: tokens of prompt and output together; None = the model's own, at most 8192.
+        block_size: tokens per block of the key/value cache.
+        max_num_seqs, max_num_batched_tokens: requests and tokens in one step.
+        gpu_memory_utilization: share of the device's memory (on a CPU, of the RAM) for weights and cache together.
+        kv_cache_memory_bytes, num_gpu_blocks_override: the cache's size, said directly.
+        scheduling_policy: "fcfs", or "priority" (a lower number runs first).
+        batch_invariant: logits do not depend on what else runs, bit for bit. Slower.
+        speculative_config: must be None; speculative decoding is not built yet.
+        seed: of requests that bring none.
+        show_progress: a bar while the weights are read.
+
+    Raises:
+        ModelNotFoundError, ConfigError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 1024,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+        gpu_memory_utilization: float = 0.25,
+        kv_cache_memory_bytes: int | None = None,
+        num_gpu_blocks_override: int | None = None,
+        scheduling_policy: str = "fcfs",
+        long_prefill_token_threshold: int = 0,
+        batch_invariant: bool = False,
+        speculative_config: dict[str, Any] | None = None,
+        seed: int = 0,
+        *,
+        show_progress: bool = False,
+    ):
+        self.llm_engine = LLMEngine.from_model(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            enable_chunked_prefill=enable_chunked_prefill,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            num_gpu_blocks_override=num_gpu_blocks_override,
+            scheduling_policy=scheduling_policy,
+            long_prefill_token_threshold=long_prefill_token_threshold,
+            batch_invariant=batch_invariant,
+            speculative_config=speculative_config,
+            seed=seed,
+            show_progress=show_progress,
+        )
+
+    # ------------------------------------------------------------------ text
+    def generate(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt: text, {"prompt": text}, {"prompt_token_ids": ids}, or a list of these.
+
+        sampling_params: one for all, or one per prompt; None = the model's own defaults.
+        Raises ClientError for a bad prompt or parameter before anything runs.
+        """
+        self._require(pooling=False, method="generate")
+        prompt_list = _as_prompts(prompts)
+        params = _one_each(sampling_params, len(prompt_list), "sampling_params")
+        priorities = _one_each(priority, len(prompt_list), "priority")
+        jobs = [
+            {"prompt": prompt, "sampling_params": param, "priority": rank or 0}
+            for prompt, param, rank in zip(prompt_list, params, priorities, strict=True)
+        ]
+        return self._run(jobs, use_tqdm)
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them. A conversation is [{"role": ..., "content": ...}, ...].
+
+        template_options go to the chat template (add_generation_prompt, continue_final_message, tools, ...).
+        """
+        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        prompts = [self.llm_engine.render_chat(conversation, **template_options) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self, prompt: PromptType | list[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Continue one prompt (or answer one conversation), yielding the answer so far after every step.
+
+        Leaving the loop early gives the request up.
+        """
+        self._require(pooling=False, method="stream")
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            prompt = self.llm_engine.render_chat(prompt)
+        request_id = self.llm_engine.add_request(prompt, sampling_params)
+        try:
+            while self.llm_engine.has_unfinished_requests():
+                for output in self.llm_engine.step():
+                    if output.request_id == request_id:
+                        yield _checked([output])[0]
+        finally:
+            self.llm_engine.abort_request(request_id)
+
+    def beam_search(
+        self, prompts: PromptType | Sequence[PromptType], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of each prompt, best first."""
+        self._require(pooling=False, method="beam_search")
+        engine = self.llm_engine
+        num_logprobs = 2 * params.beam_width
+
+        def expand(sequences: Sequence[list[int]]) -> list[dict[int, Logprob]]:
+            step = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True)
+            step.logprobs = num_logprobs  # beyond what a caller may ask for
+            outputs = self.generate([{"prompt_token_ids": ids} for ids in sequences], step, use_tqdm=False)
+            return [output.outputs[0].logprobs[0] for output in outputs]
+
+        results = []
+        for prompt in _as_prompts(prompts):
+            prompt_token_ids, room = engine.tokenize_prompt(prompt)
+            max_tokens = min(params.max_tokens, room)
+            sequences = beam_search(prompt_token_ids, params, max_tokens, engine.eos_token_ids, expand)
+            for sequence in sequences:
+                ended = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
+                output_ids = sequence.tokens[len(prompt_token_ids) : -1 if ended else None]
+                sequence.text = engine.decode(output_ids, skip_special_tokens=params.skip_special_tokens)
+            results.append(BeamSearchOutput(sequences))
+        return results
+
+    # ------------------------------------------------------------------ vectors
+    def embed(self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: bool = True) -> list[EmbeddingRequestOutput]:
+        """One L2-normalised vector per prompt. A decoder gives its last token's hidden state."""
+        jobs = [{"prompt": prompt, "embed": True} for prompt in _as_prompts(prompts)]
+        return self._run(jobs, use_tqdm)
+
+    def score(
+        self, text_1: PromptType | Sequence[PromptType], text_2: PromptType | Sequence[PromptType], *, use_tqdm: bool = True
+    ) -> list[ScoringRequestOutput]:
+        """Cosine similarity of pairs: one against many, or as many against as many."""
+        left, right = _as_prompts(text_1), _as_prompts(text_2)
+        if len(left) not in (1, len(right)):
+            raise InvalidRequestError(
+                f"text_1 must hold one text or as many as text_2 ({len(right)}), got {len(left)}.", parameter="text_1"
+            )
+        embedded = self.embed([*left, *right], use_tqdm=use_tqdm)
+        left_outputs, right_outputs = embedded[: len(left)], embedded[len(left) :]
+        if len(left) == 1:
+            left_outputs = left_outputs * len(right)
+        return [
+            ScoringRequestOutput(
+                request_id=b.request_id,
+                outputs=ScoringOutput(sum(x * y for x, y in zip(a.outputs.embedding, b.outputs.embedding, strict=True))),
+                prompt_token_ids=a.prompt_token_ids + b.prompt_token_ids,
+            )
+            for a, b in zip(left_outputs, right_outputs, strict=True)
+        ]
+
+    # ------------------------------------------------------------------ the rest
+    def get_tokenizer(self) -> Any:
+        return self.llm_engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What sampling_params=None means: the model's generation_config."""
+        return self.llm_engine.default_sampling_params()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix; False while requests are running."""
+        return self.llm_engine.reset_prefix_cache()
+
+    def _require(self, *, pooling: bool, method: str) -> None:
+        if self.llm_engine.config.model.is_pooling != pooling:
+            raise InvalidRequestError(
+                f"{method} needs a generating model; {self.llm_engine.config.model.name} is an embedding model: "
+                "use embed or score.",
+                parameter="model",
+            )
+
+    def _run(self, jobs: list[dict[str, Any]], use_tqdm: bool) -> list[Any]:
+        """Queue all jobs, or none if one of them is bad; step until they are done; answer in their order."""
+        engine = self.llm_engine
+        requests = [engine.process_input(**job) for job in jobs]
+        for request in requests:
+            engine.add_processed(request)
+        finished: dict[str, AnyOutput] = {}
+        try:
+            with tqdm(total=len(requests), disable=not use_tqdm, desc="Processed prompts", unit="prompt") as bar:
+                while len(finished) < len(requests):
+                    for output in engine.step():
+                        if output.finished:
+                            finished[output.request_id] = output
+                            bar.update()
+        finally:  # an interrupt must not leave requests behind
+            for request in requests:
+                engine.abort_request(request.request_id)
+        return _checked([finished[request.request_id] for request in requests])
+
+
+def _as_prompts(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
+    """A single prompt becomes a list of one. [1, 2, 3] is one prompt of token ids."""
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    prompt_list = list(prompts)
+    if not prompt_list:
+        raise InvalidRequestError("prompts must hold at least one prompt, got an empty list.", parameter="prompts")
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt_list):
+        return [{"prompt_token_ids": prompt_list}]
+    return prompt_list
+
+
+def _one_each(value: Any, count: int, name: str) -> list[Any]:
+    """The same value for every prompt, or one per prompt."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequestError(f"{name} must be one or as many as the prompts ({count}), got {len(value)}.", parameter=name)
+    return list(value)
+
+
+def _checked(outputs: list[AnyOutput]) -> list[AnyOutput]:
+    """Raise if the engine failed a request: an answer that broke off must not pass for one."""
+    failed = [output for output in outputs if getattr(output, "error", None)]
+    if failed:
+        raise ServerError(f"{len(failed)} of {len(outputs)} requests failed; request {failed[0].request_id}: {failed[0].error}")
+    return outputs
