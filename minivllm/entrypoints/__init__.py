@@ -1,0 +1,1 @@
+"""What faces the outside beyond the Python API. Today: OpenAI batch files."""
