@@ -1,0 +1,424 @@
+"""The scheduler, the manager and the pool under random sequences of everything that can happen to them.
+
+A hypothesis state machine drives the real Scheduler with a FakeRunner, which knows what lies in every slot of the
+cache. Requests share prefixes, salts and children's prompts, pools are so small that preemption is the rule, and
+steps break in every way. After each rule the ten invariants hold:
+
+ 1. free and held blocks are all blocks, and no block is twice in the free queue;
+ 2. a block's ref_cnt is the number of tables that hold it;
+ 3. no slot is writable by two requests: blocks held twice are full and named, or computed by one of the holders;
+ 4. a table covers exactly ceil(computed tokens / block_size) blocks, the step's own tokens included;
+ 5. every request is in exactly one of waiting, running, ended, and moves along the lifecycle only;
+ 6. a step schedules at most its budget, and at most max_num_seqs requests run;
+ 7. a block's hash is the chain recomputed from scratch, and its slots hold just those tokens;
+ 8. an ended request holds nothing: no block, no place in a queue, no state in the worker;
+ 9. progress: while requests exist every step computes a token, the oldest (the most important) is never preempted,
+    and everything admitted ends within a bound;
+10. what a request got is what the sequential reference gives, however it was chunked, cached or preempted.
+
+STATE_MACHINE_EXAMPLES and STATE_MACHINE_STEPS choose the depth; the CI run is 500 x 50, the nightly one 10000 x 100.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from minivllm.config import CacheConfig, SchedulerConfig
+from minivllm.core.block_hash import ROOT_HASH
+from minivllm.core.request import FinishReason, Request, RequestStatus
+from minivllm.core.scheduler import Scheduler
+from minivllm.outputs import EngineCoreOutput, SchedulerOutput
+from minivllm.sampling_params import SamplingParams
+
+from .fake_runner import VOCAB_SIZE, FakeRunner, StepFailed, expected_output, prefix_digest
+
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "96"))
+STEPS = int(os.environ.get("STATE_MACHINE_STEPS", "50"))
+
+# Two long texts whose beginnings the prompts are cut from, so that prefixes are shared all the time.
+TEXTS = ([0, 1, 2, 3, 4, 5] * 4, [0, 1, 2, 3, 5, 5, 5, 4, 3, 3, 1, 0] * 2)
+LIFECYCLE = {
+    (RequestStatus.WAITING, RequestStatus.RUNNING),
+    (RequestStatus.RUNNING, RequestStatus.PREEMPTED),
+    (RequestStatus.PREEMPTED, RequestStatus.RUNNING),
+    (RequestStatus.WAITING, RequestStatus.FINISHED),
+    (RequestStatus.RUNNING, RequestStatus.FINISHED),
+    (RequestStatus.PREEMPTED, RequestStatus.FINISHED),
+}
+
+
+def hash_chain(token_ids: list[int], cache_salt: str | None, block_size: int) -> list[bytes]:
+    """The formula of block_hash.py, from scratch: parent, then "-" or "+<bytes>:<salt>", then the ids as int64."""
+    hashes = [ROOT_HASH]
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        salt = cache_salt.encode() if cache_salt is not None and start == 0 else None
+        prefix = b"-" if salt is None else b"+" + str(len(salt)).encode() + b":" + salt
+        ids = array("q", token_ids[start : start + block_size]).tobytes()
+        hashes.append(hashlib.sha256(hashes[-1] + prefix + ids).digest())
+    return hashes[1:]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """`policy`, `chunked` and `caching` are set by the test, everything else is drawn."""
+
+    policy = "fcfs"
+    chunked = True
+    caching = True
+
+    @initialize(
+        num_blocks=st.integers(5, 14),
+        block_size=st.integers(1, 4),
+        budget=st.sampled_from([1, 3, 5, 8, 12, 24]),
+        max_num_seqs=st.sampled_from([1, 2, 3, 4, 6, 8]),
+        threshold=st.sampled_from([0, 0, 0, 1, 3, 5]),
+        max_model_len=st.integers(6, 28),
+    )
+    def start(self, num_blocks, block_size, budget, max_num_seqs, threshold, max_model_len):
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget if self.chunked else max_model_len + budget,
+            max_model_len=max_model_len,
+            enable_chunked_prefill=self.chunked,
+            long_prefill_token_threshold=threshold,
+            policy=self.policy,
+        )
+        cache_config = CacheConfig(block_size=block_size, enable_prefix_caching=self.caching)
+        self.scheduler = Scheduler(self.config, cache_config, num_blocks)
+        self.pool = self.scheduler.kv_cache.pool
+        self.tables = self.scheduler.kv_cache.tables
+        self.added: dict[str, Request] = {}
+        self.runner = FakeRunner(num_blocks, block_size, lambda request_id: self.added[request_id].cache_salt)
+        self.got: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}  # how the engine was told that the request ended
+        self.statuses: dict[str, RequestStatus] = {}
+        self.digest_of_hash: dict[bytes, int] = {}
+        self.is_inside_step = False
+
+    # ------------------------------------------------------------------ rules
+    @rule(
+        text=st.sampled_from(TEXTS),
+        cut=st.integers(1, 14),
+        tail=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
+        max_tokens=st.integers(1, 16),
+        min_tokens=st.integers(0, 3),
+        stops=st.sampled_from([(), (), (), (0,), (0, 1)]),
+        salt=st.sampled_from([None, None, None, "a", "b"]),
+        priority=st.integers(0, 2),
+        num_children=st.sampled_from([1, 2, 3]),
+        skip=st.sampled_from([False, False, False, True]),
+    )
+    def add(self, text, cut, tail, max_tokens, min_tokens, stops, salt, priority, num_children, skip):
+        """n children of one prompt are n requests with seeds of their own."""
+        prompt = (text[:cut] + tail)[: self.largest - 1]
+        max_tokens = min(max_tokens, self.largest - len(prompt))
+        for _ in range(num_children):
+            self._add(
+                prompt,
+                SamplingParams(max_tokens=None, min_tokens=min_tokens),
+                max_tokens=max_tokens,
+                eos_token_ids=frozenset(stops[:1]),
+                stop_token_ids=frozenset(stops[1:]),
+                priority=priority,
+                cache_salt=salt,
+                skip_prefix_cache=skip,
+            )
+
+    @rule(
+        text=st.sampled_from(TEXTS),
+        cuts=st.lists(st.tuples(st.integers(1, 20), st.integers(-2, 2)), min_size=2, max_size=4),
+        is_pooling=st.booleans(),
+    )
+    def add_several(self, text, cuts, is_pooling):
+        """Prompts of one text, one the beginning of the other, and some priorities; one may ask for an embedding."""
+        for cut, priority in cuts:
+            prompt = text[:cut][: self.largest - 1]
+            max_tokens = self.largest - len(prompt)
+            self._add(prompt, SamplingParams(max_tokens=None), max_tokens=max_tokens, priority=priority)
+        if is_pooling:
+            self._add(text[: self.largest], None)
+
+    @rule(count=st.integers(1, 4))
+    def steps(self, count):
+        for _ in range(count):
+            self._step()
+
+    @rule(count=st.integers(5, 12))
+    def many_steps(self, count):
+        for _ in range(count):
+            self._step()
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(fault=st.sampled_from(["abort", "abort in step", "fail", "fail after abort", "nan"]), data=st.data())
+    def disturb(self, fault, data):
+        """Somebody leaves or breaks, in whatever state he is; or a whole step breaks after some of its writes."""
+        request_id = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
+        if fault == "abort":
+            self._abort(request_id)
+        elif fault == "abort in step":
+            self._step(meanwhile=lambda: self._abort(request_id))
+        elif fault == "nan":
+            self._step(broken={request_id})
+        else:
+            aborted = request_id if fault == "fail after abort" else None
+            self._fail_step(data.draw(st.integers(0, 8)), aborted)
+
+    @rule(budget=st.integers(1, 24))
+    def change_budget(self, budget):
+        if self.chunked:
+            self.config = self.scheduler.config = replace(self.config, max_num_batched_tokens=budget)
+
+    @rule(reset=st.booleans())
+    def look(self, reset):
+        """Asking changes nothing; a reset of the prefix cache is refused exactly while somebody holds a block."""
+        before = self._picture()
+        self.scheduler.has_work, self.scheduler.has_unfinished_requests, self.pool.usage, repr(self.pool.blocks)
+        for request in list(self.scheduler.waiting):
+            self.scheduler.kv_cache.get_computed_blocks(request)
+        self.scheduler.check_integrity()
+        assert self._picture() == before
+        if reset:
+            is_idle = not self.tables
+            assert self.pool.reset_prefix_cache() == is_idle
+            assert self.pool.num_cached_blocks == 0 if is_idle else self._picture() == before
+
+    def drain(self):
+        """9: everything ends within the bound of its policy.
+
+        The oldest running request advances in every step and is never preempted, so a request costs at most its own
+        tokens in steps. By priority the budget may go to requests that were admitted earlier.
+        """
+        needed = [request.num_prompt_tokens + max(request.max_tokens, 1) for request in self.scheduler.requests.values()]
+        bound = sum(needed) * (len(needed) if self.policy == "priority" else 1)
+        for _ in range(bound):
+            if not self.scheduler.has_unfinished_requests:
+                break
+            self._step()
+        assert not self.scheduler.requests, f"not done after {bound} steps: {self.scheduler.requests}"
+        assert self.pool.num_free_blocks == self.num_blocks - 1
+
+    def teardown(self):
+        if not hasattr(self, "scheduler") or self.is_inside_step:
+            return  # nothing was started, or a check inside a step has just failed: that is the finding
+        self.drain()
+        self._step()  # the worker hears of the last ones
+        assert not self.scheduler.has_work and not self.runner.states
+        assert set(self.ended) == set(self.added), "no request vanishes"
+        assert self.pool.reset_prefix_cache()
+        self.ten_invariants()
+
+    # ------------------------------------------------------------------ parts of the rules
+    @property
+    def largest(self) -> int:
+        """Tokens that a request may have in all: the engine refuses what can never fit."""
+        return min(self.config.max_model_len, self.scheduler.kv_cache.num_usable_tokens)
+
+    def _add(self, prompt: list[int], params: SamplingParams | None, **fields) -> None:
+        number = len(self.added)
+        request = Request(f"r{number}", prompt, params, seed=number, arrival=number, **fields)
+        self.added[request.request_id] = request
+        self.got[request.request_id] = []
+        self.scheduler.add_request(request)
+
+    def _abort(self, request_id: str) -> None:
+        is_live = request_id in self.scheduler.requests
+        assert self.scheduler.finish_request(request_id) == is_live
+        assert not self.scheduler.finish_request(request_id), "twice is once"
+        if is_live:
+            self.ended[request_id] = "abort"
+
+    def _schedule(self) -> SchedulerOutput:
+        self.is_inside_step = True
+        running = list(self.scheduler.running)
+        waiting = [request.request_id for request in self.scheduler.waiting]
+        step = self.scheduler.schedule()
+        self._check_step(step, running, waiting)
+        return step
+
+    def _step(self, broken: set[str] = frozenset(), meanwhile=None) -> None:
+        step = self._schedule()
+        result = self.runner.execute(step, broken)
+        assert set(self.runner.states) == {r.request_id for r in self.scheduler.running}, "8: the worker forgets"
+        if meanwhile:
+            meanwhile()
+        self._take(self.scheduler.update_from_output(step, result))
+
+    def _fail_step(self, fail_after: int, aborted: str | None) -> None:
+        step = self._schedule()
+        with pytest.raises(StepFailed):
+            self.runner.execute(step, fail_after=fail_after)
+        if aborted:
+            self._abort(aborted)
+        expected = {request_id for request_id in step.num_scheduled_tokens if request_id not in self.ended}
+        outputs = self.scheduler.fail_step(step, "boom")
+        assert {output.request_id for output in outputs} == expected
+        self._take(outputs)
+
+    def _take(self, outputs: list[EngineCoreOutput]) -> None:
+        for output in outputs:
+            assert output.request_id not in self.ended, "an ended request says nothing more"
+            self.got[output.request_id] += output.new_token_ids
+            if output.finish_reason is not None:
+                self.ended[output.request_id] = output.finish_reason
+                assert (output.error is not None) == (output.finish_reason == "error")
+        self.is_inside_step = False
+
+    def _picture(self) -> tuple:
+        blocks = [(block.ref_cnt, block.block_hash) for block in self.pool.blocks]
+        queues = [list(map(repr, self.scheduler.running)), list(map(repr, self.scheduler.waiting))]
+        return blocks, self.pool.free_block_ids(), queues, {key: table.block_ids for key, table in self.tables.items()}
+
+    # ------------------------------------------------------------------ invariants of a step just scheduled
+    def _check_step(self, step: SchedulerOutput, running: list[Request], waiting: list[str]) -> None:
+        self._check_amounts(step)
+        self._check_order(step, running, waiting)
+        self._check_tables(step)
+        self._check_decisions(step)
+
+    def _check_amounts(self, step: SchedulerOutput) -> None:
+        """6 and 9."""
+        scheduled = step.num_scheduled_tokens
+        assert step.total_num_scheduled_tokens == sum(scheduled.values()) <= self.config.max_num_batched_tokens
+        assert len(self.scheduler.running) <= self.config.max_num_seqs
+        assert all(count >= 1 for count in scheduled.values())
+        assert scheduled or not self.scheduler.requests, "while requests exist every step computes a token"
+        for new in step.scheduled_new_reqs:
+            request = self.scheduler.requests[new.request_id]
+            assert new.num_computed_tokens % self.block_size == 0
+            assert new.num_computed_tokens < request.num_tokens, "one token is always computed"
+            may_hit = self.caching and not request.skip_prefix_cache
+            assert may_hit or new.num_computed_tokens == 0
+            if not self.chunked:
+                assert new.num_computed_tokens + scheduled[new.request_id] == request.num_tokens, "only whole prompts"
+
+    def _check_order(self, step: SchedulerOutput, running: list[Request], waiting: list[str]) -> None:
+        """5 and 9: nobody overtakes in the line, and the oldest running request stays."""
+        admitted = [new.request_id for new in step.scheduled_new_reqs]
+        assert admitted == waiting[: len(admitted)], "nobody overtakes"
+        assert not (admitted and step.preempted_req_ids), "nobody new in a step that preempts"
+        preempted = set(step.preempted_req_ids)
+        assert not preempted & set(step.num_scheduled_tokens)
+        if running:
+            most_important = min(running, key=lambda request: (request.priority, request.arrival))
+            oldest = running[0] if self.policy == "fcfs" else most_important
+            assert oldest.request_id not in preempted, "the oldest is never a victim"
+        if preempted and self.policy == "fcfs":
+            assert preempted == {request.request_id for request in running[-len(preempted) :]}, "the last ones give way"
+
+    def _check_tables(self, step: SchedulerOutput) -> None:
+        """3 and 4, while the step is about to run."""
+        writers: Counter[int] = Counter()
+        for request in self.scheduler.running:
+            end = request.num_computed_tokens + step.num_scheduled_tokens.get(request.request_id, 0)
+            table = self.tables[request.request_id].block_ids
+            assert len(table) == -(-end // self.block_size), "a table covers just the tokens of this step"
+            writers.update(table[request.num_computed_tokens // self.block_size :])
+        for block_id, count in writers.items():
+            assert count == 1, f"block {block_id} can be written by {count} requests"
+
+    def _check_decisions(self, step: SchedulerOutput) -> None:
+        told = {(d.request_id, d.num_scheduled_tokens) for d in step.decisions if d.num_scheduled_tokens}
+        assert told == set(step.num_scheduled_tokens.items())
+        gave_way = [d.request_id for d in step.decisions if d.action == "preempt"]
+        assert gave_way == step.preempted_req_ids
+        assert max(Counter(d.request_id for d in step.decisions).values(), default=1) == 1, "one decision each"
+        told_of = {d.request_id for d in step.decisions}
+        assert all(d.reason for d in step.decisions)
+        assert told_of >= {request.request_id for request in self.scheduler.running}
+        waiting = [d.request_id for d in self.scheduler.waiting_reasons(step)]
+        assert waiting == [request.request_id for request in self.scheduler.waiting]
+
+    # ------------------------------------------------------------------ invariants between two steps
+    @invariant()
+    def ten_invariants(self):
+        if not hasattr(self, "scheduler"):
+            return
+        self._check_pool()
+        self._check_lifecycle()
+        self._check_cache()
+        self._check_results()
+        self.scheduler.check_integrity()
+
+    def _check_pool(self) -> None:
+        """1, 2 and 8, counted here once more and not by check_integrity."""
+        free = self.pool.free_block_ids()
+        held = Counter(block_id for table in self.tables.values() for block_id in table.block_ids)
+        assert len(free) == len(set(free)) and not set(free) & set(held) and 0 not in held
+        assert len(free) + len(held) == self.num_blocks - 1
+        assert all(block.ref_cnt == held[block.block_id] for block in self.pool.blocks[1:])
+        assert set(self.tables) == {request.request_id for request in self.scheduler.running}
+
+    def _check_lifecycle(self) -> None:
+        """5."""
+        for request_id, request in self.added.items():
+            before = self.statuses.get(request_id, RequestStatus.WAITING)
+            after = self.statuses[request_id] = request.status
+            # A rule of several steps may pass through several states.
+            assert before is after or after is not RequestStatus.WAITING
+            assert before is after or before is not RequestStatus.FINISHED
+            assert (after is RequestStatus.FINISHED) == (request_id in self.ended)
+            assert (request_id in self.scheduler.requests) == (request_id not in self.ended)
+        in_queues = [request.request_id for request in [*self.scheduler.running, *self.scheduler.waiting]]
+        assert sorted(in_queues) == sorted(self.scheduler.requests)
+
+    def _check_cache(self) -> None:
+        """7: every name in the pool stands for exactly what lies in the slots."""
+        for request in self.added.values():
+            self._learn_hashes(request)
+        for block in self.pool.blocks[1:]:
+            if block.block_hash is None:
+                continue
+            slots = self.runner.holds(block.block_id)
+            assert all(isinstance(slot, tuple) for slot in slots), f"{block} is named, but holds {slots}"
+            assert slots[-1][2] == self.digest_of_hash[block.block_hash], f"{block} holds another prefix: {slots}"
+
+    def _learn_hashes(self, request: Request) -> None:
+        num_full_blocks = len(request.block_hashes)
+        if not num_full_blocks or request.block_hashes[-1] in self.digest_of_hash:
+            return
+        chain = hash_chain(request.all_token_ids, request.cache_salt, self.block_size)[:num_full_blocks]
+        assert request.block_hashes == chain
+        for index, block_hash in enumerate(chain):
+            token_ids = request.all_token_ids[: (index + 1) * self.block_size]
+            self.digest_of_hash[block_hash] = prefix_digest(request.cache_salt, token_ids)
+
+    def _check_results(self) -> None:
+        """10."""
+        for request_id, request in self.added.items():
+            output, reason = expected_output(request, self.config.max_model_len)
+            assert self.got[request_id] == request.output_token_ids
+            ended = self.ended.get(request_id)
+            if ended in ("stop", "length"):
+                assert (self.got[request_id], ended) == (output, str(reason))
+                assert request.finish_reason == reason
+            else:
+                assert self.got[request_id] == output[: len(self.got[request_id])]
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_ten_invariants_hold_whatever_happens(policy, chunked, caching):
+    machine = type("Machine", (EngineMachine,), {"policy": policy, "chunked": chunked, "caching": caching})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=max(EXAMPLES // 8, 1),
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
+            derandomize="STATE_MACHINE_EXAMPLES" not in os.environ,
+            print_blob=True,
+        ),
+    )
