@@ -214,7 +214,8 @@ class TinyDecoderCases:
         return case | {"kind": "text", "text": text}
 
     def _distributions(self, prompt: list[int]) -> Case:
-        raw = self.reference.logits(prompt)[-1]
+        # The logits as they are written, digits cut: a reader must get these probabilities from what he reads.
+        raw = torch.tensor(files.rounded(self.reference.logits(prompt)[-1].tolist()))  # [vocab_size]
         combinations = []
         for params in DISTRIBUTIONS:
             scores = raw

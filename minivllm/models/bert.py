@@ -33,6 +33,8 @@ from minivllm.models.weights import load_weights
 
 
 class BertEmbeddings(nn.Module):
+    """Word, position and token-type rows, added and normed."""
+
     def __init__(self, hf_config: Any, options: ModelOptions):
         super().__init__()
         size = hf_config.hidden_size
@@ -64,6 +66,8 @@ class BertOutput(nn.Module):
 
 
 class BertLayer(nn.Module):
+    """Attention over the whole request, then the MLP, each with its residual sum and norm."""
+
     def __init__(self, hf_config: Any, options: ModelOptions):
         super().__init__()
         size = hf_config.hidden_size
@@ -94,6 +98,8 @@ class BertLayer(nn.Module):
 
 
 class BertModel(nn.Module):
+    """The encoder: whole requests in, hidden states out, no cache and no logits."""
+
     def __init__(self, hf_config: Any, options: ModelOptions):
         super().__init__()
         _refuse_unsupported(hf_config)
@@ -119,7 +125,7 @@ class BertModel(nn.Module):
         return hidden_states
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Always a ConfigError."""
+        """Always a ConfigError. hidden_states: [num_rows, hidden_size]"""
         raise ConfigError("BERT is an encoder: it gives embeddings, no tokens.")
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -78,6 +78,8 @@ class Gemma3DecoderLayer(Qwen3DecoderLayer):
 
 
 class Gemma3ForCausalLM(LlamaForCausalLM):
+    """Llama's frame with two ropes, scaled embeddings and capped logits."""
+
     decoder_layer = Gemma3DecoderLayer
 
     def __init__(self, hf_config: Any, options: ModelOptions):
@@ -94,8 +96,8 @@ class Gemma3ForCausalLM(LlamaForCausalLM):
             for layer_type in sorted(set(hf_config.layer_types))
         }
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:  # [num_tokens] -> [num_tokens, hidden_size]
         return super().embed(input_ids) * self.embed_scale
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:  # as in llama.py
         return soft_cap(super().compute_logits(hidden_states), self.logits_soft_cap)

@@ -79,8 +79,8 @@ class DryRun:
     def attend(
         self,
         query: torch.Tensor,  # as in PagedStep
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor,  # as in PagedStep
+        value: torch.Tensor,  # as in PagedStep
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
@@ -99,7 +99,7 @@ def _attention(
     query: torch.Tensor,  # [1, num_heads, num_tokens, head_size]
     key: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_size]
     value: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_size]
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # any shape: refused where there is one
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -177,6 +177,7 @@ class TransformersForCausalLM(nn.Module):
 
 
 def _run(network: Any, input_ids: torch.Tensor, positions: torch.Tensor, step: PagedStep | DryRun) -> torch.Tensor:
+    """input_ids, positions: [num_tokens] -> hidden states [num_tokens, hidden_size]"""
     output = network.base_model(
         input_ids=input_ids[None], position_ids=positions[None], use_cache=False, paged_step=step
     )
@@ -298,7 +299,10 @@ def _compare_with_own_attention(model: TransformersForCausalLM) -> None:
 def _logits_of_second_chunk(
     model: TransformersForCausalLM, requests: list[torch.Tensor], chunk: int
 ) -> list[torch.Tensor]:
-    """Logits after the first `chunk` tokens of each request, [length - chunk, vocab_size] each."""
+    """Logits after the first `chunk` tokens of each request, [length - chunk, vocab_size] each.
+
+    requests: token ids, [length] each
+    """
     block_size = 16
     caches: list[KVCache] = []
     for spec in model.kv_cache_specs:

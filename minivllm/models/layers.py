@@ -105,6 +105,7 @@ class RotaryEmbedding(nn.Module):
             raise ConfigError(f"rope_type must be default, linear, llama3 or yarn, got {rope_type!r}.")
         if parameters.get("partial_rotary_factor") not in (None, 1.0):
             raise ConfigError(f"partial_rotary_factor must be 1, got {parameters['partial_rotary_factor']!r}.")
+        _check_positive(parameters)
         exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
         frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
         frequencies, self.attention_factor = scaled(frequencies, parameters, max_position_embeddings)
@@ -117,16 +118,30 @@ class RotaryEmbedding(nn.Module):
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+def _check_positive(parameters: Mapping[str, Any]) -> None:
+    """NaN frequencies would not show in the logits: torch's CPU attention returns 0 where every score is NaN."""
+    for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+        value = parameters.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise ConfigError(f"{name} of the rotary embedding must be a positive number, got {value!r}.")
+
+
 def _unscaled(frequencies: torch.Tensor, parameters: Mapping[str, Any], max_len: int) -> tuple[torch.Tensor, float]:
+    """frequencies: [head_size / 2] -> scaled ones, and a factor for cos and sin; so do the three below."""
     return frequencies, 1.0
 
 
 def _linear(frequencies: torch.Tensor, parameters: Mapping[str, Any], max_len: int) -> tuple[torch.Tensor, float]:
+    """frequencies: [head_size / 2]. Positions are divided by `factor`."""
     return frequencies / parameters["factor"], 1.0
 
 
 def _llama3(frequencies: torch.Tensor, parameters: Mapping[str, Any], max_len: int) -> tuple[torch.Tensor, float]:
-    """Llama-3.1: long waves are slowed by `factor`, short ones kept, those between blended."""
+    """Llama-3.1: long waves are slowed by `factor`, short ones kept, those between blended.
+
+    frequencies: [head_size / 2]
+    """
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -134,7 +149,10 @@ def _llama3(frequencies: torch.Tensor, parameters: Mapping[str, Any], max_len: i
 
 
 def _yarn(frequencies: torch.Tensor, parameters: Mapping[str, Any], max_len: int) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv 2309.00071): as llama3, blended by dimension instead of by turns; attention is sharpened."""
+    """YaRN (arXiv 2309.00071): as llama3, blended by dimension instead of by turns; attention is sharpened.
+
+    frequencies: [head_size / 2]
+    """
     original_len = parameters["original_max_position_embeddings"]
     factor = parameters.get("factor") or max_len / original_len
     half, base = frequencies.numel(), parameters["rope_theta"]
@@ -258,5 +276,5 @@ def head_size_of(hf_config: Any) -> int:
 
 
 def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap * tanh(x / cap): x kept within +-cap. None: x itself."""
+    """cap * tanh(x / cap): x (any shape) kept within +-cap. None: x itself."""
     return x if cap is None else torch.tanh(x / cap) * cap

@@ -66,11 +66,12 @@ class WeightFormat:
     product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, stored, bias -> rows
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def _pack(weight: torch.Tensor) -> torch.Tensor:  # [out_features, in_features] -> opaque
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACK_FOR_ROWS)
 
 
 def _packed_product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """rows: [..., in_features], packed: from `_pack`, bias: [out_features] -> [..., out_features]"""
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
 
@@ -158,7 +159,7 @@ class Linear(nn.Module):
         flat = in_row_tiles(self._product, rows.reshape(-1, self.in_features))
         return flat.view(*rows.shape[:-1], self.out_features)
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
         return self._format.product(rows, self.weight, self.bias)
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
@@ -174,7 +175,7 @@ class Linear(nn.Module):
     def _putter(self, kind: str, shard: str) -> Callable[[torch.Tensor], None]:
         return lambda tensor: self._put(kind, shard, tensor)
 
-    def _put(self, kind: str, shard: str, tensor: torch.Tensor) -> None:
+    def _put(self, kind: str, shard: str, tensor: torch.Tensor) -> None:  # [shard width, in_features] or [shard width]
         if kind not in self._loading:
             self._loading[kind] = torch.empty(self.out_features, *tensor.shape[1:], dtype=self.options.dtype)
         starts = dict(zip(self.shards, itertools.accumulate(self.shards.values(), initial=0), strict=False))
@@ -183,12 +184,13 @@ class Linear(nn.Module):
         if self._missing[kind]:
             return
         whole = self._loading.pop(kind)  # the last shard is in
+        self._missing[kind] = set(self.shards)  # ready for other weights
         if kind == "weight":
             self._set_weight(whole, choose_format(whole))
         else:
             self.bias = whole
 
-    def _set_weight(self, weight: torch.Tensor, weight_format: WeightFormat) -> None:
+    def _set_weight(self, weight: torch.Tensor, weight_format: WeightFormat) -> None:  # [out_features, in_features]
         self._format = weight_format
         self.weight = weight_format.store(weight)
 
@@ -209,7 +211,7 @@ class Embedding(nn.Module):
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
         return {f"{path}.weight": WeightSlot(self.shape, self._put)}
 
-    def _put(self, tensor: torch.Tensor) -> None:
+    def _put(self, tensor: torch.Tensor) -> None:  # [num_embeddings, hidden_size]
         self.weight = torch.empty(self.shape, dtype=self.options.dtype).copy_(tensor)
 
 
@@ -238,10 +240,10 @@ class TiedEmbedding(Embedding):
             return in_row_tiles(self._product, hidden_states)
         return self._product(hidden_states)
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:  # [num_rows, hidden_size] -> [num_rows, num_embeddings]
         return self._format.product(rows, self.weight, None)
 
-    def _put(self, tensor: torch.Tensor) -> None:
+    def _put(self, tensor: torch.Tensor) -> None:  # [num_embeddings, hidden_size]
         super()._put(tensor)
         table = self.weight
         self._format = choose_format(table)
@@ -286,7 +288,8 @@ def find_tiles(packed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor | None
 
 
 def _reads_back(tiles: torch.Tensor, plain: torch.Tensor, *, rows: int) -> bool:
-    """Whether the first `rows` rows, read through the tiles, are bit-equal to the plain ones."""
+    """Whether the first `rows` rows, read through the tiles, are bit-equal to the plain ones. As in find_tiles:
+    tiles: five dimensions [row_tiles, ...], plain: [out_features, in_features]."""
     ids = torch.arange(min(rows, plain.shape[0]))
     return all(
         torch.equal(read_rows(tiles, some)[:, : plain.shape[1]], plain[some])

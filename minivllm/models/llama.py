@@ -51,6 +51,8 @@ from minivllm.models.weights import load_weights
 
 
 class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm; the hooks below are what the families change."""
+
     rope_name = "default"  # which of the model's rotary embeddings this layer uses
 
     def __init__(self, hf_config: Any, layer_idx: int, options: ModelOptions):
@@ -103,6 +105,8 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
+    """Embedding, layers, norm and head. A family names its layer class and overrides what differs."""
+
     decoder_layer: type[LlamaDecoderLayer] = LlamaDecoderLayer
 
     def __init__(self, hf_config: Any, options: ModelOptions):
@@ -140,7 +144,7 @@ class LlamaForCausalLM(nn.Module):
             hidden_states, residual = layer(hidden_states, residual, ropes[layer.rope_name], kv_cache, metadata)
         return self.model.norm.add_and_norm(hidden_states, residual)[0]
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:  # [num_tokens] -> [num_tokens, hidden_size]
         return self.model.embed_tokens(input_ids)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -39,15 +39,18 @@ _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bflo
 _COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
 
-# Which code computes attention is the engine's choice: transformers would fetch a kernel that is named here.
-_IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+# Not for transformers to see. Which code computes attention is the engine's choice: it would fetch a kernel that is named
+# here. num_labels is a classifier's: it would make a table of that length, whatever the length.
+_DROPPED_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?|num_labels")
+MAX_LAYERS = 10_000  # transformers makes lists with an entry per layer
 
 
 def load_hf_config(source: ModelSource) -> PretrainedConfig:
     """The model's configuration as transformers' class for its model_type.
 
-    Two facts are completed: `architectures` when config.json has none, and `tie_word_embeddings`, which is off where
-    the checkpoint stores an lm_head of its own (transformers decides so too).
+    What config.json leaves out or gets wrong is completed from the stored tensors: `architectures` when there is none,
+    or when the bare network was saved under its full name (Qwen3-Embedding: no `model.` in front of its tensors, no
+    head); `tie_word_embeddings` is off where an lm_head of its own is stored (transformers decides so too).
     Raises ConfigError for a folder or file that is hostile, incomplete or unknown; runs none of its code.
     """
     if source.kind == "gguf":
@@ -63,8 +66,11 @@ def load_hf_config(source: ModelSource) -> PretrainedConfig:
             "A newer transformers may know it.",
             parameter="model",
         )
+    _check_layers(source, content)
     try:
         config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(content)
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise TypeError("it has a text_config that this model_type does not know")
     except Exception as error:  # whatever a configuration class raises for odd values
         raise ConfigError(
             f"Model {source.name!r}: its configuration is not valid for model_type {model_type!r} "
@@ -76,6 +82,8 @@ def load_hf_config(source: ModelSource) -> PretrainedConfig:
         config.tie_word_embeddings = _are_equal(tensors[EMBEDDING], tensors[LM_HEAD])
     if not config.architectures and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    if source.kind == "folder" and EMBEDDING.removeprefix("model.") in tensors:
+        config.architectures = [name.replace("ForCausalLM", "Model") for name in config.architectures or []]
     return config
 
 
@@ -238,15 +246,30 @@ def _read_config_json(source: ModelSource) -> dict[str, Any]:
             "config.json has a quantization_config, and packed safetensors are not supported",
             "Use the unquantised model, or a GGUF file of it.",
         )
-    return _without_implementation_keys(content)
+    names = content.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise refuse(source.path, f"config.json: architectures must be a list of names, got {str(names)[:80]!r}")
+    return _without_dropped_keys(content)
 
 
-def _without_implementation_keys(content: dict[str, Any]) -> dict[str, Any]:
+def _without_dropped_keys(content: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_implementation_keys(value) if isinstance(value, dict) else value
+        key: _without_dropped_keys(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if not _IMPLEMENTATION_KEY.fullmatch(key)
+        if not _DROPPED_KEY.fullmatch(key)
     }
+
+
+def _check_layers(source: ModelSource, content: dict[str, Any]) -> None:
+    """Before the configuration class makes its lists. num_hidden_layers, n_layer, encoder_layers, ..."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _check_layers(source, value)
+        elif "layer" in key and isinstance(value, int) and value > MAX_LAYERS:
+            raise ConfigError(
+                f"Model {source.name!r}: {key[:80]} must be at most {MAX_LAYERS}, got {str(value)[:40]}.",
+                parameter="model",
+            )
 
 
 def _check_counts(source: ModelSource, config: PretrainedConfig) -> None:

@@ -30,6 +30,7 @@ MAX_INDEX_BYTES = 64 * MiB
 MAX_TOKENIZER_BYTES = 256 * MiB
 MAX_ENTRY_BYTES = 1 * MiB  # one string in a tokenizer file; the longest honest ones are tables of 0.4 MB
 MAX_HEADER_BYTES = 100 * MiB  # the limit of the safetensors library
+MAX_DEPTH = 100  # of nested JSON: who reads it later may recurse, too
 MAX_DIMENSIONS = 8
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
@@ -153,8 +154,10 @@ def _read_small(folder: Path, name: str, max_bytes: int) -> bytes | None:
         raise refuse(folder, f"{name} cannot be read ({error.strerror})") from error
 
 
-def _refuse_code(folder: Path, name: str, content: Any) -> None:
+def _refuse_code(folder: Path, name: str, content: Any, depth: int = 1) -> None:
     """`auto_map` tells transformers to import Python files of the folder; minivllm never does."""
+    if depth > MAX_DEPTH:
+        raise RecursionError
     if isinstance(content, dict):
         for key, value in content.items():
             if key == "auto_map":
@@ -163,10 +166,10 @@ def _refuse_code(folder: Path, name: str, content: Any) -> None:
                     f"{name} has an auto_map entry, which asks to run Python code of the model folder",
                     "minivllm never runs it. If transformers itself knows the architecture, remove the entry.",
                 )
-            _refuse_code(folder, name, value)
+            _refuse_code(folder, name, value, depth + 1)
     elif isinstance(content, list):
         for value in content:
-            _refuse_code(folder, name, value)
+            _refuse_code(folder, name, value, depth + 1)
 
 
 def _longest_entry(raw: bytes, separator: bytes) -> int:

@@ -19,6 +19,8 @@ from minivllm.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
 
 class Qwen3DecoderLayer(LlamaDecoderLayer):
+    """Llama with normed heads of q and k, and a sliding window where `layer_types` says so."""
+
     @classmethod
     def attention_config(cls, hf_config: Any, layer_idx: int) -> AttentionConfig:
         slides = hf_config.layer_types[layer_idx] == "sliding_attention"

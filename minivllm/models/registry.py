@@ -53,4 +53,6 @@ def is_encoder(hf_config: Any) -> bool:
 
 def generates_text(hf_config: Any) -> bool:
     """False for encoders and for decoders that were saved without a language-model head."""
-    return not is_encoder(hf_config) and not (hf_config.architectures or [""])[0].endswith("Model")
+    name = (hf_config.architectures or [""])[0]
+    headless = name in MODELS and name.endswith("Model")  # not GPT2LMHeadModel, which hf_backend.py serves
+    return not is_encoder(hf_config) and not headless

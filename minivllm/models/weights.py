@@ -78,7 +78,7 @@ def load_weights(
         raise _error(f"missing tensor {first!r} of shape {list(waiting[first].shape)}{others}")
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, slot: WeightSlot) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, slot: WeightSlot) -> None:  # any shape: that is the question
     if tuple(tensor.shape) != slot.shape:
         raise _error(f"tensor {name!r} must have shape {list(slot.shape)}, got {list(tensor.shape)}")
     if not tensor.is_floating_point():

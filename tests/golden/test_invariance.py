@@ -79,6 +79,8 @@ def test_no_setting_changes_a_greedy_token(name: str, tiny_model: Callable[[str]
     cases = greedy_cases(name)
     jobs = [(0, (case["prompt"], SamplingParams(**case["params"], detokenize=False))) for case in cases]
     variants = {key: VARIANTS[key] for key in list(VARIANTS)[:: 4 if name in BACKEND_DECODERS else 1]}
+    if name == "mixtral":  # an expert sees as many rows as choose it: refused, see test_hf_backend.py
+        variants.pop("batch invariant")
     for variant, options in variants.items():
         engine = make_engine(tiny_model(name), **options)
         for temperature in ("cold", "warm"):  # the second time, the prefix cache knows every prompt
@@ -142,13 +144,14 @@ def signature(output: RequestOutput) -> Signature:
     return candidates, prompt
 
 
-def random_options(chance: random.Random) -> dict[str, Any]:
+def random_options(chance: random.Random, **fixed: Any) -> dict[str, Any]:
     return {
         "max_num_batched_tokens": chance.choice([8, 11, 16, 24, 37, 64]),
         "max_num_seqs": chance.randint(1, 8),
         "long_prefill_token_threshold": chance.choice([0, 0, 5, 20]),
         "enable_prefix_caching": chance.random() < 0.6,
         "num_gpu_blocks_override": chance.randint(SMALLEST_POOL, 4 * SMALLEST_POOL),
+        **fixed,
     }
 
 
@@ -162,8 +165,10 @@ def test_batch_invariant_mode_gives_every_request_the_same_bits_on_any_schedule(
     chance = random.Random(name)
     num_engines = -(-NUM_SCHEDULES // (SCHEDULES_PER_ENGINE * len(NATIVE_DECODERS)))
     num_preemptions = num_hits = 0
-    for _ in range(num_engines):
-        options = random_options(chance)
+    for index_of_engine in range(num_engines):
+        # The first engine is sure to preempt: its pool holds one long request, and several run at once.
+        crowded = {"num_gpu_blocks_override": SMALLEST_POOL + 1, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+        options = random_options(chance, **(crowded if index_of_engine == 0 else {}))
         engine = make_engine(tiny_model(name), batch_invariant=True, block_size=BLOCK_SIZE, **options)
         for _ in range(SCHEDULES_PER_ENGINE):
             chosen = chance.choices(range(len(jobs)), k=chance.randint(2, 9))

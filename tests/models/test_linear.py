@@ -77,7 +77,8 @@ def test_fp32_is_packed_and_the_plain_copy_is_gone() -> None:
     layer = loaded(Linear(1024, 640, FP32), weight)
     assert layer.weight.is_mkldnn
     assert weight_bytes(layer) == weight.nbytes
-    alive = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == weight.shape]
+    # type() and not isinstance(): some objects of torch warn when they are asked for their class
+    alive = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.shape == weight.shape]
     assert {id(t) for t in alive} <= {id(weight), id(layer.weight)}
 
 
@@ -131,7 +132,9 @@ def test_a_tied_table_gives_bit_exact_rows_and_the_logits_of_the_plain_table(sha
     ids = torch.randint(shape[0], (50,), generator=torch.Generator().manual_seed(1))
     assert torch.equal(table(ids), plain[ids])
     rows = random(5, shape[1], seed=3)
-    torch.testing.assert_close(table.logits(rows), rows @ plain.t())
+    expected = rows.double() @ plain.double().t()
+    size = (rows.double().abs() @ plain.double().abs().t()).max() + 1  # of the terms that are summed
+    assert (table.logits(rows) - expected).abs().max() <= LINEAR_RTOL * size
 
 
 def test_a_tied_table_is_in_memory_once() -> None:
