@@ -4,7 +4,7 @@
     LLM().generate("The capital of France is", SamplingParams(max_tokens=16))
 
 Only public names are here. Those that need torch are loaded on first use, so that `import minivllm` and
-`minivllm --help` stay quick.
+`minivllm --help` stay quick. Twin in vLLM: vllm/__init__.py.
 """
 
 from typing import TYPE_CHECKING, Any

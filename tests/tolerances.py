@@ -11,3 +11,14 @@ HF_LOGPROB_ATOL = 1e-4  # house law: fp32 networks agree with transformers to th
 HF_TIE_GAP = 1e-4  # below this gap of the two best log-probabilities a greedy choice is a tie
 HF_HIDDEN_ATOL = 1e-4  # final hidden states of encoders: layer-normed, so of size 1
 LINEAR_RTOL = 1e-5  # one fp32 product of up to 2000 terms against another order of the same sum, times its size
+
+# ------------------------------------------------------------------ tests/kernels
+KERNEL_ERROR_FACTOR = 2.0  # house law: twice the reference's own error in that dtype, plus one eps of the largest value
+ROUNDED_ONCE = 0.502  # of the dtype's eps: half a step, and a little for a value at the very middle of two
+FLOAT64_RTOL = 1e-12  # two float64 ways to one value: an angle of 1000 turns is known to 1e-13, sums to less
+
+# ------------------------------------------------------------------ tests/test_llm.py
+UNIT_LENGTH_ATOL = 1e-5  # fp32 vectors of length 1, and their products: alone or in a batch the sums differ in order
+
+# ------------------------------------------------------------------ tests/engine
+PLANNED_WEIGHTS_RTOL = 0.01  # a plan counts the checkpoint's numbers; a loaded model holds rotary frequencies as well

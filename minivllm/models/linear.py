@@ -26,16 +26,16 @@ vocab_parallel_embedding.py.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from minivllm.models.weights import WeightSlot
+from minivllm.models.widening import WIDEN_FROM_ROWS, Widening, WideWeight, memory, pack
 
 # Which layout oneDNN packs to depends on the number of rows it is told to expect. With 1 it leaves float32 weights
 # as they are on AVX2 (2x slower at 4 rows); from 2 on it tiles them, and one layout serves every number of rows.
@@ -55,6 +55,7 @@ class ModelOptions:
     dtype: torch.dtype
     batch_invariant: bool = False  # each row's bits do not depend on what else is in the batch
     impl: str = "auto"  # which implementation of the kernels: minivllm.kernels.dispatch
+    widening: Widening = field(default_factory=Widening, compare=False)  # shared by the layers of one model
 
 
 # ------------------------------------------------------------------ formats
@@ -66,18 +67,14 @@ class WeightFormat:
     product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, stored, bias -> rows
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:  # [out_features, in_features] -> opaque
-    return torch.ops.mkldnn._reorder_linear_weight(weight, PACK_FOR_ROWS)
-
-
 def _packed_product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """rows: [..., in_features], packed: from `_pack`, bias: [out_features] -> [..., out_features]"""
+    """rows: [..., in_features], packed: from `pack`, bias: [out_features] -> [..., out_features]"""
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
 
 FORMATS: Mapping[str, WeightFormat] = {
     "plain": WeightFormat(store=lambda weight: weight, product=F.linear),
-    "packed": WeightFormat(store=_pack, product=_packed_product),
+    "packed": WeightFormat(store=lambda weight: pack(weight, PACK_FOR_ROWS), product=_packed_product),
 }
 
 
@@ -138,6 +135,7 @@ class Linear(nn.Module):
         self._missing = {kind: set(self.shards) for kind in ("weight", "bias")}
         self.register_buffer("weight", None)  # as the format stores it
         self.register_buffer("bias", None)  # [out_features]
+        self._wide: WideWeight | None = None  # for products of many rows
 
     @classmethod
     def from_plain(
@@ -160,6 +158,8 @@ class Linear(nn.Module):
         return flat.view(*rows.shape[:-1], self.out_features)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
+        if self._wide is not None and rows.numel() >= WIDEN_FROM_ROWS * self.in_features:
+            return self._wide.product(rows, self.bias)
         return self._format.product(rows, self.weight, self.bias)
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
@@ -193,6 +193,8 @@ class Linear(nn.Module):
     def _set_weight(self, weight: torch.Tensor, weight_format: WeightFormat) -> None:  # [out_features, in_features]
         self._format = weight_format
         self.weight = weight_format.store(weight)
+        if self.weight.is_mkldnn and not self.options.batch_invariant:
+            self._wide = self.options.widening.prepare(self.weight, weight)
 
 
 class Embedding(nn.Module):
@@ -272,16 +274,14 @@ def find_tiles(packed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor | None
     oneDNN's inner-product layouts are tiles [columns / group, rows, group]; group is 2 or 4 where the CPU multiplies
     pairs of bfloat16. The tile's size differs by CPU and dtype, so it is searched for: 0.5 ms, plus a whole check.
     """
-    num_bytes = int(torch.ops.mkldnn._nbytes(packed))
-    address = int(torch.ops.mkldnn.data_ptr(packed))
-    memory = torch.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=packed.dtype)
+    values = memory(packed, packed.dtype)  # [num_values], padding included
     num_rows, num_columns = plain.shape
     sizes = (64, 48, 32, 24, 16, 8, 4, 2, 1)
     for rows, columns, group in itertools.product(sizes, (*sizes, num_columns), (1, 2, 4)):
         row_tiles, column_tiles = -(-num_rows // rows), -(-num_columns // columns)
-        if columns % group or row_tiles * rows * column_tiles * columns != memory.numel():
+        if columns % group or row_tiles * rows * column_tiles * columns != values.numel():
             continue
-        tiles = memory.view(row_tiles, column_tiles, columns // group, rows, group)
+        tiles = values.view(row_tiles, column_tiles, columns // group, rows, group)
         if _reads_back(tiles, plain, rows=3) and _reads_back(tiles, plain, rows=num_rows):
             return tiles
     return None

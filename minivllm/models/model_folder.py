@@ -227,12 +227,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_entry(name: str, entry: dict[str, Any], path: Path) -> FolderTensor:
     shape, dtype, (start, stop) = entry["shape"], entry["dtype"], entry["data_offsets"]
     if dtype not in _DTYPE_BYTES:
-        raise ValueError(f"tensor {name[:200]!r} has the unsupported dtype {str(dtype)[:40]!r}")
+        raise ValueError(f"tensor {name[:80]!r} has the unsupported dtype {str(dtype)[:40]!r}")
     sizes = [*shape, start, stop]
     if len(shape) > MAX_DIMENSIONS or any(type(size) is not int or not 0 <= size < 2**63 for size in sizes):
-        raise ValueError(f"tensor {name[:200]!r} has a size or offset that is no count")
+        raise ValueError(f"tensor {name[:80]!r} has a size or offset that is no count")
     if math.prod(shape) * _DTYPE_BYTES[dtype] != stop - start:
-        raise ValueError(f"tensor {name[:200]!r}: shape {shape} in {dtype} does not take {stop - start} bytes")
+        raise ValueError(f"tensor {name[:80]!r}: shape {shape} in {dtype} does not take {stop - start} bytes")
     return FolderTensor(name, tuple(shape), dtype, path)
 
 

@@ -38,6 +38,8 @@ def beam_search(
     beams = [BeamSearchSequence(tokens=list(prompt_token_ids), cum_logprob=0.0)]
     completed: list[BeamSearchSequence] = []
     for _ in range(max_tokens):
+        if not beams:  # every continuation ended in eos
+            break
         candidates = []
         for beam, logprobs in zip(beams, expand([beam.tokens for beam in beams]), strict=True):
             for token_id, logprob in logprobs.items():

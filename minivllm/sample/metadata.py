@@ -106,7 +106,10 @@ class SamplingMetadata:
     def from_requests(
         cls, rows: Sequence[SamplingRow], grammar_bitmask: torch.Tensor | None = None
     ) -> SamplingMetadata:
-        """Collect the step: rows[i] belongs to row i of the logits. Reads the rows, changes nothing."""
+        """Collect the step: rows[i] belongs to row i of the logits. Reads the rows, changes nothing.
+
+        grammar_bitmask: [num_reqs, ceil(vocab_size / 32)] int32
+        """
         params = [row.params for row in rows]
         metadata = cls(
             temperature=[0.0 if p.is_greedy else p.temperature for p in params],

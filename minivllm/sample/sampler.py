@@ -71,7 +71,7 @@ def final_probabilities(logits: torch.Tensor, metadata: SamplingMetadata) -> tor
     """The distribution that `sample` draws from, row by row, float64; the logits stay as they are.
 
     A greedy row is 1 at its argmax. A row that `sample` would report in `errors` is NaN.
-    Returns [num_reqs, vocab_size].
+    logits: [num_reqs, vocab_size] -> [num_reqs, vocab_size]
     """
     values = _checked(logits, metadata).copy()
     _process(values, metadata)
@@ -89,7 +89,7 @@ def final_probabilities(logits: torch.Tensor, metadata: SamplingMetadata) -> tor
     return torch.from_numpy(probabilities)
 
 
-def _checked(logits: torch.Tensor, metadata: SamplingMetadata) -> Logits:
+def _checked(logits: torch.Tensor, metadata: SamplingMetadata) -> Logits:  # [num_reqs, vocab_size], as array
     if logits.dim() != 2 or len(logits) != len(metadata.temperature):
         raise ValueError(f"logits must be [{len(metadata.temperature)}, vocab_size], got {list(logits.shape)}")
     return host_logits(logits)

@@ -23,6 +23,7 @@ from minivllm.kernels.paged_attention.cpu_primitives import (
     alibi_bias,
     flash_attention,
     flash_heads,
+    gather,
     merge,
     soft_cap_attention,
 )
@@ -213,7 +214,7 @@ def _tile(
 def _read(cache: torch.Tensor, keys: Keys) -> torch.Tensor:  # [1, num_kv_heads, num_slots or num_keys, head_size]
     if keys.slots is None:
         return cache.narrow(2, keys.start_slot, keys.num_keys)
-    return cache.index_select(2, keys.slots)
+    return gather(cache, keys)
 
 
 def _gather_into_buffers(
@@ -224,10 +225,10 @@ def _gather_into_buffers(
     """Copies a batch's keys and values side by side, into memory that all layers of the step reuse."""
     num_kv_heads, head_size = k.shape[1], k.shape[3]
     if part.buffers is None:
-        shape = (1, num_kv_heads, part.keys.num_keys, head_size)
+        shape = (num_kv_heads * part.keys.num_keys, head_size)
         part.buffers = (k.new_empty(shape), v.new_empty(shape))
     views = []
     for cache, buffer in zip((k, v), part.buffers, strict=True):
-        torch.index_select(cache, 2, part.keys.slots, out=buffer)
+        torch.index_select(cache.view(-1, head_size), 0, part.keys.rows_of(cache), out=buffer)
         views.append(buffer.view(num_kv_heads, part.num_reqs, -1, head_size).transpose(0, 1))
     return views[0], views[1]

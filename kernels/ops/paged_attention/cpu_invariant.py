@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minivllm.kernels.paged_attention.cpu_plan import Context, StepPlan, causal_mask
-from minivllm.kernels.paged_attention.cpu_primitives import alibi_bias, flash_heads, merge, soft_cap_attention
+from minivllm.kernels.paged_attention.cpu_plan import Context, Keys, causal_mask
+from minivllm.kernels.paged_attention.cpu_primitives import alibi_bias, flash_heads, gather, merge, soft_cap_attention
 
 QUERY_TILE = 16
 KEY_TILE = 128
@@ -41,7 +41,7 @@ class InvariantPlan:
 
     num_padded_rows: int
     padded_rows: torch.Tensor  # [num_tokens] int64, where each query row goes
-    requests: list[tuple[torch.Tensor, list[QueryTile]]]  # slots [num_keys] int64, whole key tiles; and query tiles
+    requests: list[tuple[Keys, list[QueryTile]]]  # whole key tiles, and query tiles
 
 
 def invariant_attention(
@@ -56,8 +56,8 @@ def invariant_attention(
     """Attention of every row over its context, one query tile after the other."""
     padded = q.new_zeros(plan.num_padded_rows, *q.shape[1:]).index_copy_(0, plan.padded_rows, q)
     out = torch.empty_like(padded)
-    for slots, tiles in plan.requests:
-        keys, values = k[0].index_select(1, slots), v[0].index_select(1, slots)
+    for read, tiles in plan.requests:
+        keys, values = gather(k, read)[0], gather(v, read)[0]
         for tile in tiles:
             rows = slice(tile.first_row, tile.first_row + QUERY_TILE)
             attended = _attend_tile(padded[rows], keys, values, tile, scale, soft_cap, alibi_slopes)
@@ -90,7 +90,7 @@ def plan_invariant(contexts: list[Context], dtype: torch.dtype, window: int | No
         # Keys that do not exist yet stand masked in the last tile: read the request's first key for them.
         positions = np.arange(origin, end_key)
         slots = context.slots(np.where(positions < context.seq_len, positions, origin))
-        requests.append((torch.from_numpy(slots), tiles))
+        requests.append((Keys(len(slots), slots=torch.from_numpy(slots)), tiles))
         num_padded_rows += len(tiles) * QUERY_TILE
     return InvariantPlan(num_padded_rows, torch.from_numpy(np.concatenate(padded_rows)), requests)
 

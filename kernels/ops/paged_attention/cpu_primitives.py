@@ -6,9 +6,20 @@ merge_attn_states.
 
 import torch
 
+from minivllm.kernels.paged_attention.cpu_plan import Keys
+
 # (query, key, value, *, attn_mask, is_causal, scale) -> (out, lse), operands [batch, heads, rows or keys, head_size].
 # is_causal: row i sees keys 0..i. A row that sees no key gives 0, with an lse of 0, so such a row must not be merged.
 flash_attention = torch._scaled_dot_product_flash_attention_for_cpu
+
+
+def gather(
+    cache: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
+    keys: Keys,  # with slots
+) -> torch.Tensor:  # [1, num_kv_heads, num_keys, head_size]
+    """The keys' rows of every head, copied side by side."""
+    rows = cache.view(-1, cache.shape[3]).index_select(0, keys.rows_of(cache))
+    return rows.view(1, cache.shape[1], keys.num_keys, cache.shape[3])
 
 
 def flash_heads(

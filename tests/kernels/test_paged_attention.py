@@ -1,0 +1,148 @@
+"""paged_attention on a CPU obeys the rule for every mixture of requests, over a cache that is NaN wherever no
+request may look."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.helpers import DTYPES, Request, Shape, as_bits, check, make_batch, num_blocks_of
+
+BLOCK_SIZES = (8, 16, 32)
+
+
+def mixture(block_size: int) -> list[Request]:
+    """Decode, verification, chunk and prefill rows side by side; odd sizes around the block's edges."""
+    odd = (1, 7, 63, block_size - 1, block_size + 1, 2 * block_size + 1)
+    decode = [Request(seq_len, 1, seed=seq_len) for seq_len in odd]
+    verification = [Request(seq_len, 4, seed=seq_len) for seq_len in odd if seq_len > 4]
+    chunk = [Request(seq_len, 20, seed=seq_len) for seq_len in odd if seq_len > 20]
+    prefill = [Request(seq_len, seq_len, seed=seq_len) for seq_len in odd]
+    by_kind = (decode, verification, chunk, prefill)
+    return [requests[i] for i in range(len(odd)) for requests in by_kind if i < len(requests)]
+
+
+def slopes_of(shape: Shape) -> torch.Tensor:  # [num_heads]
+    """ALiBi's usual slopes: half as steep from head to head."""
+    return 2.0 ** -torch.arange(1, shape.num_kv_heads * shape.group + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+@pytest.mark.parametrize("group", [1, 3, 5, 7])
+def test_every_shape_of_head_and_block_is_right(dtype: torch.dtype, block_size: int, head_size: int, group: int):
+    shape = Shape(2, group, head_size, block_size, dtype)
+    check(make_batch(mixture(block_size), shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 1},
+        {"sliding_window": 16},
+        {"sliding_window": 33},  # the longest contexts but one
+        {"sliding_window": 63},  # the longest context
+        {"sliding_window": 64},
+        {"sliding_window": 10_000},
+        {"soft_cap": 2.0},
+        {"soft_cap": 2.0, "sliding_window": 7},
+        {"alibi": True},
+        {"alibi": True, "sliding_window": 7},
+        {"alibi": True, "soft_cap": 2.0, "sliding_window": 20},
+        {"scale": 1.0},
+    ],
+    ids=str,
+)
+def test_every_option_is_right(dtype: torch.dtype, batch_invariant: bool, options: dict[str, Any]):
+    shape = Shape(2, 3, 64, 16, dtype)
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = slopes_of(shape)
+    check(make_batch(mixture(16), shape, batch_invariant=batch_invariant), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 17, 100, 127, 128, 129, 140, 240])
+def test_the_batch_invariant_path_is_right_over_several_key_tiles(dtype: torch.dtype, window: int | None):
+    """Contexts around multiples of the 128 keys and 16 rows that this path works in. A window that ends inside a tile
+    of rows, as 140 does, hides keys of an earlier key tile from some of its rows only."""
+    shape = Shape(1, 3, 64, 16, dtype)
+    requests = [
+        Request(seq_len, num_rows, seed=seq_len)
+        for seq_len in (127, 128, 129, 257)
+        for num_rows in (1, 15, 16, 17, 127, seq_len)
+    ]
+    check(make_batch(requests, shape, batch_invariant=True), sliding_window=window)
+
+
+# ------------------------------------------------------------------ any batch
+@st.composite
+def request_of(draw: st.DrawFn, block_size: int, seed: int) -> Request:
+    """Any kind of row, any arrangement of blocks: whole, apart, or a run somewhere between single blocks."""
+    edges = [1, 7, 63, block_size - 1, block_size, block_size + 1, 2 * block_size, 2 * block_size + 1]
+    seq_len = draw(st.sampled_from(edges) | st.integers(1, 300))
+    kind = draw(st.sampled_from(["decode", "verification", "chunk", "prefill"]))
+    num_rows = {
+        "decode": 1,
+        "verification": min(draw(st.integers(2, 16)), seq_len),
+        "chunk": min(draw(st.integers(17, 150)), seq_len),
+        "prefill": seq_len,
+    }[kind]
+    num_blocks = num_blocks_of(seq_len, block_size)
+    before = draw(st.integers(0, num_blocks))
+    run = draw(st.integers(0, num_blocks - before))
+    partly = (*[1] * before, run, *[1] * (num_blocks - before - run))
+    runs = draw(st.sampled_from([None, (num_blocks,), tuple(length for length in partly if length)]))
+    return Request(seq_len, num_rows, runs, seed)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_any_ragged_batch_is_right(data: st.DataObject):
+    shape = Shape(
+        num_kv_heads=data.draw(st.sampled_from([1, 2])),
+        group=data.draw(st.sampled_from([1, 3, 5, 7])),
+        head_size=data.draw(st.sampled_from([64, 80, 128])),
+        block_size=data.draw(st.sampled_from(BLOCK_SIZES)),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+    )
+    requests = [data.draw(request_of(shape.block_size, seed)) for seed in range(data.draw(st.integers(1, 6)))]
+    options = {
+        "sliding_window": data.draw(st.none() | st.sampled_from([1, shape.block_size, 1000]) | st.integers(2, 320)),
+        "soft_cap": data.draw(st.sampled_from([None, None, 5.0])),
+        "alibi_slopes": slopes_of(shape) if data.draw(st.sampled_from([False, False, True])) else None,
+    }
+    batch_invariant = data.draw(st.sampled_from([False, False, True]))
+    check(make_batch(requests, shape, batch_invariant=batch_invariant, seed=data.draw(st.integers(0, 99))), **options)
+
+
+# ------------------------------------------------------------------ what a call leaves alone
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_no_argument_is_changed_and_every_query_layout_gives_the_same(batch_invariant: bool):
+    """Models pass the query as a view into one row of query, key and value."""
+    batch = make_batch(mixture(16), Shape(2, 3, 64, 16), batch_invariant=batch_invariant)
+    before = [tensor.clone() for tensor in batch[1:4]]
+    expected = batch.run()
+    assert all(torch.equal(as_bits(a), as_bits(b)) for a, b in zip(batch[1:4], before, strict=True))
+    fused = torch.cat([batch.query, torch.full_like(batch.query, torch.nan)], dim=1)
+    strided = batch._replace(query=fused[:, :6])
+    assert not strided.query.is_contiguous()
+    assert torch.equal(strided.run(), expected)
+
+
+def test_layers_share_one_plan_and_do_not_disturb_each_other():
+    """A model with alternating windows: two plans, and gather buffers that a later layer overwrites."""
+    shape = Shape(2, 3, 64, 16)
+    batch = make_batch(mixture(16), shape)
+    windows = [None, 9, None, 9]
+    layers = [batch._replace(query=batch.query + layer) for layer in range(len(windows))]
+    together = [layer.run(sliding_window=window) for layer, window in zip(layers, windows, strict=True)]
+    assert len(batch.metadata.plan._derived) == 2
+    for layer, window, output in zip(layers, windows, together, strict=True):
+        alone = make_batch(mixture(16), shape)._replace(query=layer.query)
+        assert torch.equal(alone.run(sliding_window=window), output)
