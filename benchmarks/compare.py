@@ -1,7 +1,7 @@
 """Ours against every installed peer, on the same token ids, side by side: python benchmarks/compare.py --help
 
 Each engine lives in a process of its own python (adapters in engines/) and stays loaded. The engines take turns, round
-by round, while the others are stopped, so that a busy machine hurts all of them alike: only ratios inside one run count.
+by round, while the others are stopped, so that a busy machine hurts all alike: only ratios inside one run count.
 """
 
 import json

@@ -60,7 +60,7 @@ def limits() -> dict[str, float]:
 
 
 def _fastest(run: Callable[[], object], repeats: int = 10, budget_seconds: float = 2.0) -> float:
-    """Seconds of the fastest of up to `repeats` runs; slow ones (bf16 without instructions) are not repeated for long."""
+    """Seconds of the fastest of up to `repeats` runs; slow ones (bf16 without instructions) not for long."""
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < budget_seconds:
         start = time.perf_counter()

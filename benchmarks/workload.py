@@ -1,6 +1,6 @@
 """The work that every engine is given, as token ids, so that all of them compute the same thing.
 
-Standard library only: the peers' pythons do not need it, but must never be a reason not to read it. Called by compare.py.
+Standard library only, so that it can be read and run anywhere. Called by compare.py.
 """
 
 import random

@@ -2,7 +2,8 @@
 
 Standard library only, since it runs in every peer's python. It does not know any engine; each adapter beside it calls
 `serve`. First line in: {"model": folder, "dtype": name, "threads": n}; answer: what the engine says about itself.
-Every further line in: {"requests": [[prompt_token_ids, num_output_tokens], ...]}; answer: {"seconds", "num_output_tokens"}.
+Every further line in: {"requests": [[prompt_token_ids, num_output_tokens], ...]}; answer: {"seconds",
+"num_output_tokens"}.
 """
 
 import json
@@ -16,7 +17,7 @@ Request = tuple[list[int], int]  # (prompt_token_ids, number of output tokens)
 
 
 class Engine(Protocol):
-    """What an adapter provides: its constructor takes (model, dtype, threads) and returns when the engine can answer."""
+    """What an adapter provides: its constructor takes (model, dtype, threads), returns when it can answer."""
 
     info: dict[str, Any]  # "version" and "dtype" (of the weights in memory), and what else is worth a note
 

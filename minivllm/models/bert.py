@@ -74,7 +74,7 @@ class BertLayer(nn.Module):
         self.options = options
         self.head_size = size // hf_config.num_attention_heads
         qkv = Linear(size, {"query": size, "key": size, "value": size}, options, bias=True)
-        self.attention = nn.ModuleDict(
+        self.attention: Any = nn.ModuleDict(
             {"self": nn.ModuleDict({"qkv": qkv}), "output": BertOutput(size, hf_config, options)}
         )
         self.intermediate = nn.ModuleDict({"dense": Linear(size, hf_config.intermediate_size, options, bias=True)})
@@ -108,7 +108,7 @@ class BertModel(nn.Module):
         self.kv_cache_specs: list[KVCacheSpec] = []
         self.embeddings = BertEmbeddings(hf_config, options)
         layers = [BertLayer(hf_config, options) for _ in range(hf_config.num_hidden_layers)]
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        self.encoder: Any = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def forward(
         self,

@@ -114,9 +114,9 @@ def _attention(
         unknown.add("attention_mask")
     if not (getattr(module, "is_causal", True) and others.get("is_causal") in (None, True)):
         unknown.add("is_causal=False")
-    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return paged_step.attend(*rows, scale, sliding_window, softcap, unknown)[None], None
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # each [num_tokens, heads, head_size]
+    return paged_step.attend(rows[0], rows[1], rows[2], scale, sliding_window, softcap, unknown)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -133,7 +133,8 @@ class TransformersForCausalLM(nn.Module):
         self.options = options
         self.config = copy.deepcopy(hf_config)
         self.config.get_text_config().pad_token_id = None  # else some networks search the input for padding
-        self.network: PreTrainedModel | None = None  # built by load_weights
+        self.network: Any = None  # transformers' PreTrainedModel, built by load_weights
+        self.network_class: Any  # a PreTrainedModel's
         self.network_class, self.kv_cache_specs, self.hidden_size = _dry_run(self.config)
         self.vocab_size: int = hf_config.get_text_config().vocab_size
 

@@ -49,6 +49,8 @@ class KVCacheSpec:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; add_one: Gemma's (1 + weight). Weights: `weight`."""
 
+    weight: torch.Tensor  # [size]
+
     def __init__(self, size: int, eps: float, options: ModelOptions, *, add_one: bool = False):
         super().__init__()
         self.eps, self.options, self.add_one = eps, options, add_one
@@ -70,6 +72,9 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """(x - mean) / std * weight + bias over the last dimension. Weights: `weight`, `bias`."""
+
+    weight: torch.Tensor  # [size]
+    bias: torch.Tensor  # [size]
 
     def __init__(self, size: int, eps: float, options: ModelOptions):
         super().__init__()
@@ -96,6 +101,8 @@ class RotaryEmbedding(nn.Module):
     Types: default, linear, llama3, yarn. Refused: dynamic and longrope, whose frequencies depend on the longest
     request in the step, so that keys already in the cache would have been rotated differently.
     """
+
+    frequencies: torch.Tensor  # [head_size / 2] radians per token
 
     def __init__(self, parameters: Mapping[str, Any], head_size: int, max_position_embeddings: int):
         super().__init__()

@@ -80,11 +80,12 @@ FORMATS: Mapping[str, WeightFormat] = {
 
 def choose_format(weight: torch.Tensor) -> WeightFormat:
     """The fastest format that gives the weight's own results. weight: [out_features, in_features]."""
-    can_pack = {
+    checks: dict[torch.dtype, Callable[[], bool]] = {
         torch.float32: torch.backends.mkldnn.is_available,
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }.get(weight.dtype, lambda: False)
+    }
+    can_pack = checks.get(weight.dtype, lambda: False)
     return FORMATS["packed" if weight.device.type == "cpu" and can_pack() else "plain"]
 
 
@@ -116,6 +117,9 @@ class Linear(nn.Module):
     out_features: the width, or for a fused weight the widths by the Hugging Face names of its shards:
     {"gate_proj": 1536, "up_proj": 1536} is stored as one [3072, in_features] weight, the shards' rows in that order.
     """
+
+    weight: torch.Tensor  # [out_features, in_features], as the format stores it
+    bias: torch.Tensor | None  # [out_features]
 
     def __init__(
         self,

@@ -104,6 +104,16 @@ class LlamaDecoderLayer(nn.Module):
         return GatedMLP(hf_config.hidden_size, hf_config.intermediate_size, hf_config.hidden_act, options, bias=bias)
 
 
+class LlamaModel(nn.Module):
+    """The network without its head, under the names of the checkpoint."""
+
+    def __init__(self, embed_tokens: Embedding, layers: list[LlamaDecoderLayer], norm: RMSNorm):
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.layers: Any = nn.ModuleList(layers)
+        self.norm = norm
+
+
 class LlamaForCausalLM(nn.Module):
     """Embedding, layers, norm and head. A family names its layer class and overrides what differs."""
 
@@ -115,12 +125,9 @@ class LlamaForCausalLM(nn.Module):
         self.hidden_size: int = hf_config.hidden_size
         self.has_head = not (hf_config.architectures or [""])[0].endswith("Model")
         tied = self.has_head and hf_config.tie_word_embeddings
-        embedding = TiedEmbedding if tied else Embedding
+        embedding = (TiedEmbedding if tied else Embedding)(self.vocab_size, self.hidden_size, options)
         layers = [self.decoder_layer(hf_config, idx, options) for idx in range(hf_config.num_hidden_layers)]
-        self.model = nn.Module()
-        self.model.embed_tokens = embedding(self.vocab_size, self.hidden_size, options)
-        self.model.layers = nn.ModuleList(layers)
-        self.model.norm = self.decoder_layer.norm(hf_config, self.hidden_size, options)
+        self.model = LlamaModel(embedding, layers, self.decoder_layer.norm(hf_config, self.hidden_size, options))
         self.lm_head = Linear(self.hidden_size, self.vocab_size, options) if self.has_head and not tied else None
         self.ropes = nn.ModuleDict(self.build_ropes(hf_config))
         self.kv_cache_specs: list[KVCacheSpec] = [layer.self_attn.kv_cache_spec for layer in layers]
@@ -151,8 +158,10 @@ class LlamaForCausalLM(nn.Module):
         """hidden_states: [num_rows, hidden_size] -> [num_rows, vocab_size] fp32. ConfigError without a head."""
         if not self.has_head:
             raise ConfigError("This checkpoint has no language-model head: it gives embeddings, no tokens.")
-        head = self.model.embed_tokens.logits if self.lm_head is None else self.lm_head
-        return head(hidden_states).float()
+        if isinstance(self.model.embed_tokens, TiedEmbedding):
+            return self.model.embed_tokens.logits(hidden_states).float()
+        assert self.lm_head is not None
+        return self.lm_head(hidden_states).float()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """weights: (Hugging Face name, tensor). Raises ConfigError naming a missing, unexpected or misshapen one."""

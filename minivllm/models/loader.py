@@ -39,8 +39,8 @@ _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bflo
 _COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
 
-# Not for transformers to see. Which code computes attention is the engine's choice: it would fetch a kernel that is named
-# here. num_labels is a classifier's: it would make a table of that length, whatever the length.
+# Not for transformers to see. Which code computes attention is the engine's choice: it would fetch a kernel that is
+# named here. num_labels is a classifier's: it would make a table of that length, whatever the length.
 _DROPPED_KEY = re.compile(r"_?(attn|experts)_implementation(_internal)?|num_labels")
 MAX_LAYERS = 10_000  # transformers makes lists with an entry per layer
 
@@ -123,7 +123,8 @@ def load_pooling_type(source: ModelSource, is_encoder: bool) -> str:
     if len(modes) > 1 or not modes <= kinds.keys():
         raise refuse(
             source.path,
-            f"1_Pooling/config.json: exactly one of {', '.join(sorted(kinds))} must be on, got {', '.join(sorted(modes))}",
+            f"1_Pooling/config.json: exactly one of {', '.join(sorted(kinds))} must be on, "
+            f"got {', '.join(sorted(modes))}",
             "Use a model with one of these.",
         )
     return kinds[modes.pop()]

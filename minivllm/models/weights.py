@@ -25,7 +25,7 @@ class WeightSlot:
     """One tensor that a module waits for. `put` copies it: the tensor may be a view of a file."""
 
     shape: tuple[int, ...]
-    put: Callable[[torch.Tensor], None]
+    put: Callable[[torch.Tensor], object]
 
 
 @runtime_checkable

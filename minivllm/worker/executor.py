@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class Executor:
         batch_invariant: bool = False,
         poison: bool = False,
     ):
-        self.model = model
+        self.model: Any = model  # a class of models/registry.py
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.pooling_type = pooling_type
@@ -77,9 +78,7 @@ class Executor:
         """Reserve the blocks of the plan."""
         self._runner = ModelRunner(
             self.model,
-            allocate_kv_caches(
-                self.kv_cache_specs, plan.num_blocks, plan.block_size, self.dtype, poison=self.poison
-            ),
+            allocate_kv_caches(self.kv_cache_specs, plan.num_blocks, plan.block_size, self.dtype, poison=self.poison),
             plan.block_size,
             self.max_model_len,
             pooling_type=self.pooling_type,

@@ -93,9 +93,7 @@ def plan_kv_cache(
                 f"{2 * bytes_per_block:,}. Raise kv_cache_memory_bytes or gpu_memory_utilization.",
                 parameter="kv_cache_memory_bytes" if config.kv_cache_memory_bytes else "gpu_memory_utilization",
             )
-    return KVCachePlan(
-        num_blocks, config.block_size, bytes_per_token, weight_bytes, device_bytes, budget, rule
-    )
+    return KVCachePlan(num_blocks, config.block_size, bytes_per_token, weight_bytes, device_bytes, budget, rule)
 
 
 def allocate_kv_caches(

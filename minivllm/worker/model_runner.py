@@ -12,7 +12,9 @@ Knows no queue, no text and no client. Called by executor.py. Twin in vLLM: vllm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -40,7 +42,7 @@ class ModelRunner:
         causal: bool = True,
         poison: bool = False,
     ):
-        self.model = model
+        self.model: Any = model  # a class of models/registry.py
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -78,9 +80,7 @@ class ModelRunner:
         for request_id in (*step.finished_req_ids, *step.preempted_req_ids):
             self.states.pop(request_id, None)
         for new in step.scheduled_new_reqs:
-            self.states[new.request_id] = RequestState(
-                new, self.max_model_len, self.block_size, self.model.vocab_size
-            )
+            self.states[new.request_id] = RequestState(new, self.max_model_len, self.block_size, self.model.vocab_size)
             if self.poison and self.kv_caches:
                 poison_blocks(self.kv_caches, new.block_ids[new.num_computed_tokens // self.block_size :])
         for cached in step.scheduled_cached_reqs:
@@ -107,7 +107,9 @@ class ModelRunner:
     ) -> None:
         """Draw one token for each request whose tokens are now all computed."""
         logits = self.model.compute_logits(hidden_states[batch.logits_indices])  # [num_logits, vocab_size] fp32
-        metadata = SamplingMetadata.from_requests([state.row for state in batch.sampling_states])
+        metadata = SamplingMetadata.from_requests(
+            [state.row for state in batch.sampling_states if state.row is not None]
+        )
         drawn = sample(logits, metadata)
         for index, state in enumerate(batch.sampling_states):
             if index in drawn.errors:
@@ -134,7 +136,7 @@ class ModelRunner:
             stop = min(start + PROMPT_LOGPROBS_ROWS, num_rows)
             logits = self.model.compute_logits(rows[start:stop])
             next_token_ids = state.token_ids[first + start + 1 : first + stop + 1].tolist()
-            entries += prompt_logprobs(logits, next_token_ids, state.num_prompt_logprobs)
+            entries += prompt_logprobs(logits, next_token_ids, state.num_prompt_logprobs or 0)
         if entries:
             result.prompt_logprobs[state.request_id] = entries
 
@@ -147,4 +149,7 @@ class ModelRunner:
         state.pooled = pooling.accumulate(self.pooling_type, state.pooled, rows)
         if state.num_computed_tokens + rows.shape[0] == state.num_tokens:
             embedding = pooling.finish(self.pooling_type, state.pooled, state.num_tokens)
-            result.pooler_output[state.request_id] = embedding
+            if math.isfinite(sum(embedding)):
+                result.pooler_output[state.request_id] = embedding
+            else:
+                result.errors[state.request_id] = "The model produced an embedding that is not made of numbers (NaN)."

@@ -34,7 +34,9 @@ def processor(**changes: object) -> InputProcessor:
     return InputProcessor(**({"tokenizer": TOKENIZER} | settings | changes))
 
 
-def refused(parameter: str, prompt: object = "abc", params: SamplingParams | None = None, **options: object) -> ClientError:
+def refused(
+    parameter: str, prompt: object = "abc", params: SamplingParams | None = None, **options: object
+) -> ClientError:
     with pytest.raises(ClientError) as caught:
         processor().process("r", prompt, params, **options)
     assert caught.value.parameter == parameter

@@ -103,7 +103,9 @@ def test_a_broken_tokenizer_file_is_a_config_error(tmp_path):
 
 
 def test_no_code_of_a_model_folder_is_run(tmp_path):
-    source = save_folder(tmp_path, "byte_level", auto_map={"AutoTokenizer": [None, "evil.Evil"]}, tokenizer_class="Evil")
+    source = save_folder(
+        tmp_path, "byte_level", auto_map={"AutoTokenizer": [None, "evil.Evil"]}, tokenizer_class="Evil"
+    )
     canary = tmp_path / "canary"
     (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
     try:
@@ -318,8 +320,16 @@ def test_template_variables_are_passed_on_and_reserved_names_are_refused():
         (CHAT_TEMPLATE, False, False),
         ("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}", True, False),
         ("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}", True, False),
-        ("{% for m in messages %}{% set c = m['content'] %}{% for p in c %}{{ p }}{% endfor %}{% endfor %}", True, False),
-        ("{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}x{% endfor %}{% endif %}", True, True),
+        (
+            "{% for m in messages %}{% set c = m['content'] %}{% for p in c %}{{ p }}{% endfor %}{% endfor %}",
+            True,
+            False,
+        ),
+        (
+            "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}x{% endfor %}{% endif %}",
+            True,
+            True,
+        ),
         ("{% for m in messages %}{{ m.content.split('x')[-1] }}{{ messages[0]['content'] }}{% endfor %}", False, False),
         ("{% generation %}{{ messages[0].content | trim }}{% endgeneration %}", False, False),
     ],

@@ -1,10 +1,10 @@
 """Small tokenizers of every kind, built in memory: no download, no file.
 
-    byte_level     GPT-2's kind (SmolLM2, Llama-3, Qwen): tokens are strings of bytes, many of them half characters
-    byte_fallback  Llama-2's kind: pieces with a blank mark, and one token per byte for everything else
-    metaspace      T5's kind: the decoder takes the blank marks off, those of the first token entirely
-    word_piece     BERT's kind: "##" joins, blanks between all other tokens
-    plain          whole words and no decoder at all
+byte_level     GPT-2's kind (SmolLM2, Llama-3, Qwen): tokens are strings of bytes, many of them half characters
+byte_fallback  Llama-2's kind: pieces with a blank mark, and one token per byte for everything else
+metaspace      T5's kind: the decoder takes the blank marks off, those of the first token entirely
+word_piece     BERT's kind: "##" joins, blanks between all other tokens
+plain          whole words and no decoder at all
 """
 
 from functools import lru_cache

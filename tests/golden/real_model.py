@@ -10,11 +10,11 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Annotated, Any
 
 import torch
 import typer
-from pydoc_data.topics import topics
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM

@@ -119,7 +119,7 @@ def write_gguf(
     values: dict[str, Any] | None = None,
     raw: dict[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
 ) -> Path:
-    """Write a GGUF: `tensors` under GGUF names (matrices as `kind`, vectors as F32), `raw` as bytes already quantised."""
+    """Write a GGUF: `tensors` under GGUF names (matrices as `kind`, vectors as F32), `raw` as quantised bytes."""
     writer = GGUFWriter(str(path), architecture)
     for key, value in (metadata(architecture) if values is None else values).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}

@@ -4,6 +4,8 @@ Knows neither requests nor caches. Called by cpu.py and cpu_invariant.py. Twin i
 merge_attn_states.
 """
 
+from typing import Any
+
 import torch
 
 from minivllm.kernels.paged_attention.cpu_plan import Keys
@@ -26,7 +28,7 @@ def flash_heads(
     q: torch.Tensor,  # [num_rows, num_kv_heads, group, head_size]
     k: torch.Tensor,  # [num_kv_heads, num_keys, head_size]
     v: torch.Tensor,  # [num_kv_heads, num_keys, head_size]
-    **options: object,
+    **options: Any,  # of flash_attention
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_kv_heads, group, num_rows, head_size], [num_kv_heads, group, num_rows]
     """Flash attention with many rows: KV heads as the batch, and a group's heads share keys without a copy."""
     group = q.shape[2]
