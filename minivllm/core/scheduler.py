@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from minivllm.config import CacheConfig, SchedulerConfig
+from minivllm.core.block_pool import KVCacheBlock
 from minivllm.core.kv_cache_manager import KVCacheManager
 from minivllm.core.request import FinishReason, Request, RequestStatus
 from minivllm.core.request_queue import make_request_queue
@@ -189,7 +190,7 @@ class Scheduler:
         step.total_num_scheduled_tokens += num_tokens
         if num_tokens < num_missing:
             cause = "the step's budget is spent"
-            if num_tokens == self.config.long_prefill_token_threshold:
+            if step.total_num_scheduled_tokens < self.config.max_num_batched_tokens:
                 cause = "long_prefill_token_threshold leaves room for shorter prompts"
             decision = Decision(request.request_id, "chunk", num_tokens, (num_tokens, num_missing, cause))
         elif num_tokens == 1 and request.num_computed_tokens >= request.num_prompt_tokens:
@@ -203,7 +204,7 @@ class Scheduler:
         return "on" if self.config.enable_chunked_prefill else "off"
 
     # ------------------------------------------------------------------ preemption
-    def _grow(self, request: Request, num_tokens: int, step: SchedulerOutput):
+    def _grow(self, request: Request, num_tokens: int, step: SchedulerOutput) -> list[KVCacheBlock] | None:
         """Blocks for a running request, preempting others for them if need be.
 
         None when the request itself was the one to give way. The victim is the one that matters least: the last
@@ -244,7 +245,8 @@ class Scheduler:
     # ------------------------------------------------------------------ after the step
     def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
         """Advance the counters, append what was drawn, end what is complete."""
-        outputs = []
+        outputs: list[EngineCoreOutput] = []
+        output: EngineCoreOutput | None
         any_finished = False
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             request = self.requests.get(request_id)
@@ -252,7 +254,9 @@ class Scheduler:
                 continue
             error = result.errors.get(request_id) if result.errors else None
             if error is not None:
-                # Not advanced: what this step wrote for it must not be found in the prefix cache.
+                # NaN shows when a token is drawn; an earlier chunk may have written it. Nothing that the request
+                # holds may be found in the prefix cache again, or everybody with this prefix fails as well.
+                request.num_computed_tokens = 0
                 request.finish(FinishReason.ERROR)
                 output = EngineCoreOutput(request_id, [], finish_reason="error", error=error)
             else:
@@ -288,7 +292,13 @@ class Scheduler:
                 return None
             request.finish(FinishReason.STOP)
             pooled = result.pooler_output[request_id]
-            return EngineCoreOutput(request_id, [], finish_reason="stop", pooler_output=pooled)
+            return EngineCoreOutput(
+                request_id,
+                [],
+                finish_reason="stop",
+                num_cached_tokens=request.num_cached_tokens,
+                pooler_output=pooled,
+            )
         sampled_token_ids = result.sampled_token_ids.get(request_id, ())
         if not sampled_token_ids and prompt_logprobs is None:
             return None

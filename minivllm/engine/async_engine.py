@@ -21,7 +21,7 @@ from typing import Any
 
 from minivllm.engine.input_processor import EngineCoreRequest, PromptType
 from minivllm.engine.llm_engine import AnyOutput, LLMEngine
-from minivllm.errors import EngineDeadError, OverloadedError
+from minivllm.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from minivllm.sampling_params import SamplingParams
 
 STOP_TIMEOUT_SECONDS = 30.0
@@ -45,6 +45,12 @@ class RequestStream:
         with self._changed:
             self._latest = output
             self._done = self._done or output.finished
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """No more outputs: an embedding that was given up has no last one."""
+        with self._changed:
+            self._done = True
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:
@@ -94,14 +100,14 @@ class AsyncEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._streams: dict[str, RequestStream] = {}
-        self._dead: EngineDeadError | None = None
+        self._death: str | None = None  # why the thread has ended
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive() and self._dead is None
+        return self._thread.is_alive() and self._death is None
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -116,16 +122,22 @@ class AsyncEngine:
         **options: Any,  # priority, cache_salt; embed=True for an embedding
     ) -> RequestStream:
         """Queue a request. Raises ClientError for a bad one, OverloadedError when the queue is full."""
-        if len(self._streams) >= self._max_requests:  # before the prompt is tokenised
-            raise OverloadedError(f"{len(self._streams)} requests are in flight, at most {self._max_requests} may be")
+        self._check_room()  # before the prompt is tokenised
         core_request = self.engine.process_input(prompt, sampling_params, request_id=request_id, **options)
         stream = RequestStream(core_request.request_id, self.abort)
         with self._lock:
-            if self._dead is not None or self._stopping:
-                raise self._dead or EngineDeadError("the engine is shutting down")
+            if self._death is not None or self._stopping:
+                raise EngineDeadError(self._death or "the engine is shutting down")
+            self._check_room()  # others may have come in meanwhile
+            if stream.request_id in self._streams:
+                raise InvalidRequestError(f"request_id {stream.request_id!r} is in use", parameter="request_id")
             self._streams[stream.request_id] = stream
         self._inbox.put(lambda: self._add_now(core_request, stream))
         return stream
+
+    def _check_room(self) -> None:
+        if len(self._streams) >= self._max_requests:
+            raise OverloadedError(f"{len(self._streams)} requests are in flight, at most {self._max_requests} may be")
 
     def abort(self, request_id: str) -> None:
         """Give a request up, wherever it is."""
@@ -151,9 +163,9 @@ class AsyncEngine:
                     self._deliver(output)
             for request_id in list(self._streams):
                 self.engine.abort_request(request_id)
-            self._end(EngineDeadError("the engine was shut down"))
+            self._end("the engine was shut down")
         except BaseException as error:
-            self._end(EngineDeadError(f"the engine loop ended: {type(error).__name__}"))
+            self._end(f"the engine loop ended: {type(error).__name__}")
             raise
 
     def _take_messages(self) -> bool:
@@ -170,6 +182,8 @@ class AsyncEngine:
             may_wait = may_wait and not self.engine.has_unfinished_requests()
 
     def _add_now(self, core_request: EngineCoreRequest, stream: RequestStream) -> None:
+        if self._streams.get(stream.request_id) is not stream:  # its abort was faster
+            return
         try:
             self.engine.add_processed(core_request)
         except Exception as error:  # one bad request must not end the others
@@ -180,6 +194,10 @@ class AsyncEngine:
     def _abort_now(self, request_id: str) -> None:
         for output in self.engine.abort_request(request_id):
             self._deliver(output)
+        with self._lock:
+            stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.end()
 
     def _deliver(self, output: AnyOutput) -> None:
         if output.finished:
@@ -190,9 +208,9 @@ class AsyncEngine:
         if stream is not None:
             stream.put(output)
 
-    def _end(self, error: EngineDeadError) -> None:
+    def _end(self, reason: str) -> None:
         with self._lock:
-            self._dead = error
+            self._death = reason
             streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
-            stream.fail(error)
+            stream.fail(EngineDeadError(reason))  # its own: an exception grows by a traceback each time it is raised

@@ -134,6 +134,11 @@ class InputProcessor:
         lowered to it (max_tokens_clamped says so).
         Raises InvalidRequestError, ContextLengthError.
         """
+        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
+            raise InvalidRequestError(
+                f"sampling_params must be SamplingParams, got {type(sampling_params).__name__}.",
+                parameter="sampling_params",
+            )
         text, prompt_token_ids, own_salt = self._parse_prompt(prompt, add_special_tokens)
         self._check_length(len(prompt_token_ids), self.max_model_len - 1)
         params = copy.copy(sampling_params) if sampling_params is not None else self.default_sampling_params()

@@ -11,6 +11,7 @@ Twin in vLLM: vllm/v1/engine/llm_engine.py and core.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class LLMEngine:
         self.output_processor = OutputProcessor(tokenizer)
         self.last_step: SchedulerOutput | None = None  # for the trace and the state endpoint
         self._executor = executor
-        self._num_requests = 0
+        self._request_numbers = itertools.count(1)  # next() of it is safe in every thread
 
     # ------------------------------------------------------------------ requests
     def process_input(
@@ -87,8 +88,8 @@ class LLMEngine:
 
         Raises ClientError naming the parameter.
         """
-        request_id = request_id or f"{self._next_request_number()}"
-        options = {"priority": priority, "cache_salt": cache_salt}
+        request_id = request_id or f"{next(self._request_numbers)}"
+        options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
         if embed:
             return self.input_processor.process_pooling(request_id, prompt, **options)
         if self.config.model.is_pooling:
@@ -116,10 +117,6 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests
 
-    def _next_request_number(self) -> int:
-        self._num_requests += 1
-        return self._num_requests
-
     def _to_core(self, request: EngineCoreRequest) -> Request:
         params = request.sampling_params
         every_position = params is None and self._executor.pooling_type != "LAST"
@@ -133,7 +130,7 @@ class LLMEngine:
             bad_words_token_ids=request.bad_words_token_ids,
             seed=request.seed,
             priority=request.priority,
-            arrival=self._next_request_number(),
+            arrival=next(self._request_numbers),
             cache_salt=request.cache_salt,
             skip_prefix_cache=every_position or (params is not None and params.prompt_logprobs is not None),
         )

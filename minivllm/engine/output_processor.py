@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from minivllm.engine.detokenizer import IncrementalDetokenizer, StopStringChecker
 from minivllm.engine.input_processor import EngineCoreRequest
 from minivllm.engine.tokenizer import Tokenizer
+from minivllm.errors import InvalidRequestError
 from minivllm.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -279,12 +280,15 @@ class ParentRequest:
         return sorted(self.states, key=_badness)[: self._num_returned]
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
-        """Of the first child: the others do not compute them. In deltas once."""
+        """Of the first child: the others do not compute them. In deltas once, and whole: a child with a cached prompt
+        may be ahead of the first."""
         logprobs = self.states[0].prompt_logprobs
-        if logprobs is None or (self._kind is RequestOutputKind.DELTA and self._sent_prompt_logprobs):
-            return None
-        self._sent_prompt_logprobs = True
-        return list(logprobs)
+        if logprobs is not None and self._kind is RequestOutputKind.DELTA:
+            is_whole = self.is_finished or len(logprobs) == len(self.request.prompt_token_ids)
+            if self._sent_prompt_logprobs or not is_whole:
+                return None
+            self._sent_prompt_logprobs = True
+        return None if logprobs is None else list(logprobs)
 
 
 def _badness(state: RequestState) -> tuple[bool, float, int]:
@@ -337,12 +341,12 @@ class OutputProcessor:
     ) -> list[EngineCoreRequest]:
         """Register a request; returns its sequences, which the scheduler is to run.
 
-        Raises ValueError when the id is in use.
+        Raises InvalidRequestError when the id is in use.
         """
         parent = ParentRequest(request, self._tokenizer, kind, self._clock)
         ids = [child.request_id for child in parent.children]
         if request.request_id in self._parents or any(child_id in self._running for child_id in ids):
-            raise ValueError(f"request id {request.request_id!r} is in use")
+            raise InvalidRequestError(f"request_id {request.request_id!r} is in use", parameter="request_id")
         self._parents[request.request_id] = parent
         self._running.update((state.request_id, (parent, state)) for state in parent.states)
         return parent.children

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-from minivllm.config import CacheConfig
+from minivllm.config import CacheConfig, SchedulerConfig
 from minivllm.engine.llm_engine import read_model_facts
 from minivllm.models import loader
 from minivllm.models.layers import KVCacheSpec
 from minivllm.models.linear import ModelOptions
 from minivllm.models.registry import model_class
+from minivllm.models.weights import weight_slots
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
 
 GIB = 2**30
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class EnginePlan:
             (
                 "per token",
                 f"{cache.bytes_per_token:,} bytes",
-                f"2 (key, value) x {len(self.specs)} layers x {heads.num_kv_heads} heads x {heads.head_size} x {size} bytes",
+                f"2 (key, value) x {len(self.specs)} layers x {heads.num_kv_heads} heads x {heads.head_size} "
+                f"x {size} bytes",
             ),
             ("per block", f"{cache.bytes_per_block:,} bytes", f"{cache.block_size} tokens"),
             ("RAM", f"{cache.device_bytes / GIB:.2f} GiB", cache.rule),
@@ -93,19 +96,33 @@ def plan_engine(
     max_num_seqs: int = 64,
     gpu_memory_utilization: float = 0.25,
     kv_cache_memory_bytes: int | None = None,
+    num_gpu_blocks_override: int | None = None,
 ) -> EnginePlan:
-    """The plan for LLM(...) with the same arguments. Raises ModelNotFoundError, ConfigError."""
-    config = CacheConfig(block_size, gpu_memory_utilization, kv_cache_memory_bytes)
+    """The plan for LLM(...) with the same arguments. Raises ModelNotFoundError, ConfigError.
+
+    Packed weights fill whole tiles (models/linear.py): widths that are no multiple of 64, which only toy models have,
+    take more bytes than planned.
+    """
+    config = CacheConfig(block_size, gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
     facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len)
-    shapes = loader.weight_shapes(facts.source)
-    if facts.hf_config.get_text_config().tie_word_embeddings:
-        shapes.pop(loader.LM_HEAD, None)
-    num_parameters = sum(math.prod(shape) for shape in shapes.values())
-    with torch.device("meta"):
-        specs = list(model_class(facts.hf_config)(facts.hf_config, ModelOptions(dtype=facts.dtype)).kv_cache_specs)
-    weight_bytes = num_parameters * facts.dtype.itemsize
     max_len = facts.model_config.max_model_len
+    SchedulerConfig(max_num_seqs=max_num_seqs, max_model_len=max_len)  # refuses what LLM refuses
+    stored = loader.weight_shapes(facts.source)
+    loader.check_shapes(facts.source, facts.hf_config, stored)
+    # Our networks take no memory for their matrices before they are loaded, transformers' are built on the meta device.
+    network = model_class(facts.hf_config)(facts.hf_config, ModelOptions(dtype=facts.dtype))
+    num_parameters = sum(map(math.prod, _wanted_shapes(network, facts.hf_config, stored)))
+    specs = list(network.kv_cache_specs)
+    weight_bytes = num_parameters * facts.dtype.itemsize
     cache = plan_kv_cache(config, specs, facts.dtype, weight_bytes, max_num_seqs * max_len)
-    return EnginePlan(
-        facts.source.name, facts.model_config.dtype, max_len, max_num_seqs, num_parameters, specs, cache
-    )
+    return EnginePlan(facts.source.name, facts.model_config.dtype, max_len, max_num_seqs, num_parameters, specs, cache)
+
+
+def _wanted_shapes(network: torch.nn.Module, hf_config: Any, stored: dict[str, Shape]) -> list[Shape]:
+    """Shapes of the tensors that will be resident: what our network asks for (a checkpoint may hold heads and poolers
+    beside that); for transformers' networks what is stored, a tied head once."""
+    wanted = [slot.shape for slot in weight_slots(network).values()]
+    if wanted:
+        return wanted
+    tied = {loader.LM_HEAD} if hf_config.get_text_config().tie_word_embeddings else set()
+    return [shape for name, shape in stored.items() if name not in tied]

@@ -3,7 +3,8 @@
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}
 
 All good lines run together on the engine; a bad line is answered with an error in its place. A field that is not
-understood is an error too: nothing is ignored silently.
+understood is an error too, unless it is off (null, false): nothing is ignored silently. Nobody compares custom_ids:
+two lines with the same one get an answer each.
 
 Knows no HTTP and no file. Called by cli.py. Twin in vLLM: vllm/entrypoints/openai/run_batch.py.
 """
@@ -11,21 +12,22 @@ Knows no HTTP and no file. Called by cli.py. Twin in vLLM: vllm/entrypoints/open
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-from minivllm.errors import InvalidRequestError, MiniVLLMError
 from minivllm.engine.llm_engine import LLMEngine
-from minivllm.outputs import EmbeddingRequestOutput, RequestOutput
+from minivllm.errors import InvalidRequestError, MiniVLLMError, ServerError
+from minivllm.outputs import EmbeddingRequestOutput, Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
 
 Answer = dict[str, Any]
 
 # Fields of the body that go into SamplingParams under the same name.
-SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {"logprobs"}
+SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 # Fields with no effect on the answer, accepted because clients send them.
 NO_OP_FIELDS = frozenset({"model", "user", "metadata", "store", "service_tier"})
 
@@ -55,12 +57,16 @@ def run_batch_lines(engine: LLMEngine, lines: list[str], on_progress: Callable[[
             continue
         running[request_id] = (answer, request)
     on_progress(len(answers) - len(running), len(answers))
-    while running:
-        for output in engine.step():
-            if output.finished and output.request_id in running:
-                answer, request = running.pop(output.request_id)
-                _succeed(answer, request, output)
-                on_progress(len(answers) - len(running), len(answers))
+    try:
+        while running:
+            for output in engine.step():
+                if output.finished and output.request_id in running:
+                    answer, request = running.pop(output.request_id)
+                    _succeed(answer, request, output)
+                    on_progress(len(answers) - len(running), len(answers))
+    finally:  # an interrupt must not leave requests behind
+        for request_id in running:
+            engine.abort_request(request_id)
     return answers
 
 
@@ -73,7 +79,7 @@ def parse_line(engine: LLMEngine, line: str, answer: Answer) -> BatchRequest:
     if not isinstance(item, dict):
         raise InvalidRequestError(f"the line must be a JSON object, got {type(item).__name__}.")
     custom_id = item.get("custom_id")
-    answer["custom_id"] = custom_id
+    answer["custom_id"] = custom_id if isinstance(custom_id, str) else None
     if not isinstance(custom_id, str) or not custom_id:
         raise InvalidRequestError(f"custom_id must be a non-empty string, got {custom_id!r}.", parameter="custom_id")
     if item.get("method", "POST") != "POST":
@@ -82,7 +88,7 @@ def parse_line(engine: LLMEngine, line: str, answer: Answer) -> BatchRequest:
     if not isinstance(body, dict):
         raise InvalidRequestError("body must be a JSON object.", parameter="body")
     url = item.get("url")
-    if url not in ENDPOINTS:
+    if not isinstance(url, str) or url not in ENDPOINTS:
         raise InvalidRequestError(f"url must be one of {', '.join(ENDPOINTS)}, got {url!r}.", parameter="url")
     return ENDPOINTS[url](engine, body)
 
@@ -90,14 +96,23 @@ def parse_line(engine: LLMEngine, line: str, answer: Answer) -> BatchRequest:
 def _chat(engine: LLMEngine, body: dict[str, Any]) -> BatchRequest:
     messages = _take(body, "messages", list)
     fields = {name: value for name, value in body.items() if name != "messages"}
-    if "max_completion_tokens" in fields:
-        fields["max_tokens"] = fields.pop("max_completion_tokens")
-    fields.setdefault("max_tokens", None)
-    if fields.pop("logprobs", False):
-        fields["logprobs"] = fields.pop("top_logprobs", None) or 0
+    max_tokens = fields.pop("max_completion_tokens", None)  # the newer name wins
+    fields["max_tokens"] = fields.get("max_tokens") if max_tokens is None else max_tokens
+    fields["logprobs"] = _num_chat_logprobs(fields.pop("logprobs", None), fields.pop("top_logprobs", None))
     params = _sampling_params(engine, fields)
     prompt = engine.render_chat(messages)
-    return BatchRequest(prompt, params, lambda output: _chat_body(engine, output))
+    return BatchRequest(prompt, params, lambda output: _chat_body(engine, output, params.logprobs or 0))
+
+
+def _num_chat_logprobs(logprobs: Any, top_logprobs: Any) -> int | None:
+    """Chat says in two fields what SamplingParams says in one."""
+    if logprobs is not None and not isinstance(logprobs, bool):
+        raise InvalidRequestError(f"logprobs must be true or false, got {logprobs!r}.", parameter="logprobs")
+    if logprobs:
+        return 0 if top_logprobs is None else top_logprobs
+    if top_logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs: true.", parameter="top_logprobs")
+    return None
 
 
 def _completions(engine: LLMEngine, body: dict[str, Any]) -> BatchRequest:
@@ -110,7 +125,11 @@ def _completions(engine: LLMEngine, body: dict[str, Any]) -> BatchRequest:
 
 
 def _embeddings(engine: LLMEngine, body: dict[str, Any]) -> BatchRequest:
-    _refuse_unknown(set(body) - {"input"} - NO_OP_FIELDS)
+    _refuse_unknown(body, NO_OP_FIELDS | {"input", "encoding_format"})
+    if body.get("encoding_format") not in (None, "float"):
+        raise InvalidRequestError(
+            f"encoding_format must be float, got {body['encoding_format']!r}.", parameter="encoding_format"
+        )
     text = body.get("input")
     if not isinstance(text, str):
         raise InvalidRequestError("input must be one string per line in a batch file.", parameter="input")
@@ -131,16 +150,17 @@ def _take(body: dict[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _refuse_unknown(names: set[str]) -> None:
+def _refuse_unknown(fields: dict[str, Any], known: frozenset[str]) -> None:
+    """Fields that are not understood; null and false have no effect in any of them."""
+    names = sorted(name for name in fields.keys() - known if fields[name] is not None and fields[name] is not False)
     if names:
-        first = sorted(names)[0]
-        raise InvalidRequestError(f"{', '.join(sorted(names))}: not supported in a batch file.", parameter=first)
+        raise InvalidRequestError(f"{', '.join(names)}: not supported in a batch file.", parameter=names[0])
 
 
 def _sampling_params(engine: LLMEngine, fields: dict[str, Any]) -> SamplingParams:
     """The model's defaults with the body's fields on top; null means the default."""
-    given = {name: value for name, value in fields.items() if name not in NO_OP_FIELDS}
-    _refuse_unknown(set(given) - SAMPLING_FIELDS - {"logprobs"})
+    _refuse_unknown(fields, SAMPLING_FIELDS | NO_OP_FIELDS)
+    given = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS}
     if isinstance(given.get("logit_bias"), dict):
         try:
             given["logit_bias"] = {int(token_id): bias for token_id, bias in given["logit_bias"].items()}
@@ -161,7 +181,9 @@ def _usage(output: RequestOutput) -> dict[str, int]:
     }
 
 
-def _envelope(engine: LLMEngine, kind: str, prefix: str, choices: list[dict[str, Any]], output: RequestOutput) -> dict[str, Any]:
+def _envelope(
+    engine: LLMEngine, kind: str, prefix: str, choices: list[dict[str, Any]], output: RequestOutput
+) -> dict[str, Any]:
     return {
         "id": f"{prefix}-{output.request_id}",
         "object": kind,
@@ -172,12 +194,12 @@ def _envelope(engine: LLMEngine, kind: str, prefix: str, choices: list[dict[str,
     }
 
 
-def _chat_body(engine: LLMEngine, output: RequestOutput) -> dict[str, Any]:
+def _chat_body(engine: LLMEngine, output: RequestOutput, num_top_logprobs: int) -> dict[str, Any]:
     choices = [
         {
             "index": completion.index,
             "message": {"role": "assistant", "content": completion.text},
-            "logprobs": _chat_logprobs(completion.token_ids, completion.logprobs),
+            "logprobs": _chat_logprobs(completion.token_ids, completion.logprobs, num_top_logprobs),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
@@ -186,17 +208,20 @@ def _chat_body(engine: LLMEngine, output: RequestOutput) -> dict[str, Any]:
     return _envelope(engine, "chat.completion", "chatcmpl", choices, output)
 
 
-def _chat_logprobs(token_ids: list[int], logprobs: list[dict[int, Any]] | None) -> dict[str, Any] | None:
+def _chat_logprobs(
+    token_ids: list[int], logprobs: list[dict[int, Logprob]] | None, num_top_logprobs: int
+) -> dict[str, Any] | None:
+    """As vLLM: the sampled token first among the top ones, and never more of them than were asked for."""
     if logprobs is None:
         return None
 
-    def entry(logprob: Any) -> dict[str, Any]:
+    def entry(logprob: Logprob) -> dict[str, Any]:
         text = logprob.decoded_token or ""
-        return {"token": text, "logprob": max(logprob.logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode("utf-8", "replace"))}
 
     content = []
     for token_id, position in zip(token_ids, logprobs, strict=True):
-        top = [entry(logprob) for logprob in position.values()]
+        top = [entry(logprob) for logprob in list(position.values())[:num_top_logprobs]]
         content.append({**entry(position[token_id]), "top_logprobs": top})
     return {"content": content}
 
@@ -215,18 +240,30 @@ def _completions_body(engine: LLMEngine, output: RequestOutput) -> dict[str, Any
     return _envelope(engine, "text_completion", "cmpl", choices, output)
 
 
-def _completion_logprobs(token_ids: list[int], logprobs: list[dict[int, Any]] | None) -> dict[str, Any] | None:
+def _completion_logprobs(token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> dict[str, Any] | None:
     if logprobs is None:
         return None
     chosen = [position[token_id] for token_id, position in zip(token_ids, logprobs, strict=True)]
+    tokens = [logprob.decoded_token or "" for logprob in chosen]
     return {
-        "tokens": [logprob.decoded_token for logprob in chosen],
-        "token_logprobs": [max(logprob.logprob, -9999.0) for logprob in chosen],
-        "top_logprobs": [
-            {logprob.decoded_token or "": max(logprob.logprob, -9999.0) for logprob in position.values()}
-            for position in logprobs
-        ],
+        "text_offset": list(itertools.accumulate(map(len, tokens), initial=0))[:-1],
+        "tokens": tokens,
+        "token_logprobs": [_finite(logprob) for logprob in chosen],
+        "top_logprobs": [_by_text(position) for position in logprobs],
     }
+
+
+def _by_text(position: dict[int, Logprob]) -> dict[str, float]:
+    """Several tokens may have one text (halves of characters): the first counts, the sampled or the likelier one."""
+    found: dict[str, float] = {}
+    for logprob in position.values():
+        found.setdefault(logprob.decoded_token or "", _finite(logprob))
+    return found
+
+
+def _finite(logprob: Logprob) -> float:
+    """JSON has no infinity: vLLM's -9999."""
+    return max(logprob.logprob, -9999.0)
 
 
 def _embeddings_body(engine: LLMEngine, output: EmbeddingRequestOutput) -> dict[str, Any]:
@@ -241,12 +278,12 @@ def _embeddings_body(engine: LLMEngine, output: EmbeddingRequestOutput) -> dict[
 
 def _succeed(answer: Answer, request: BatchRequest, output: Any) -> None:
     if output.error is not None:
-        _fail(answer, InvalidRequestError(output.error, code="internal_error"), status=500)
+        _fail(answer, ServerError(output.error))
         return
     answer["response"] = {"status_code": 200, "request_id": output.request_id, "body": request.build(output)}
 
 
-def _fail(answer: Answer, error: MiniVLLMError, status: int | None = None) -> None:
+def _fail(answer: Answer, error: MiniVLLMError) -> None:
     """An error in the line's place, in the wire's form."""
     details = {
         "message": str(error),
@@ -254,6 +291,6 @@ def _fail(answer: Answer, error: MiniVLLMError, status: int | None = None) -> No
         "param": getattr(error, "parameter", None),
         "code": getattr(error, "code", None),
     }
-    status_code = status or getattr(error, "status", 500)
-    answer["response"] = {"status_code": status_code, "request_id": answer["id"], "body": {"error": details}}
+    status = getattr(error, "status", 500)
+    answer["response"] = {"status_code": status, "request_id": answer["id"], "body": {"error": details}}
     answer["error"] = details

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from minivllm.kernels.paged_attention.cpu_plan import (
-    KEY_STEP,
     PADDING_SHARE,
     PADDING_TOKENS,
     SHORT_QUERY_TOKENS,
@@ -65,10 +64,9 @@ def shape_of(plan: LayerPlan) -> tuple[int, int, int, int]:
 
 # ------------------------------------------------------------------ slice
 def test_the_measured_constants_are_those_that_these_cases_assume():
-    assert (SLICE_TOKENS, GATHER_TOKENS) == (256, 16384)
-    assert (SHORT_QUERY_TOKENS, TILE_TOKENS, PADDING_TOKENS, PADDING_SHARE) == (16, 128, 128, 0.25)
-    assert LayerShape(2, 1, 64, torch.bfloat16, None, False).slice_tokens == 2048
-    assert (LayerShape(2, 1, 64, torch.bfloat16, None, False).key_step, KEY_STEP) == (64, {torch.bfloat16: 64})
+    assert (SLICE_TOKENS, GATHER_TOKENS) == (256, 4096)
+    assert (SHORT_QUERY_TOKENS, TILE_TOKENS, PADDING_TOKENS, PADDING_SHARE) == (16, 128, 64, 0.25)
+    assert LayerShape(2, 1, 64, torch.bfloat16, None, False).slice_tokens == 512
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 15, 16, 17, 33, 63])
@@ -92,26 +90,10 @@ def test_in_a_batch_only_long_contexts_are_worth_a_slice():
 
 def test_bfloat16_slices_later():
     plan = plan_of([Request(300, runs=(19,), seed=1), Request(300, runs=(19,), seed=2)], BFLOAT16)
-    assert parts_of(plan) == [Part("gather", 2, 1, 320, masked=True)]
+    assert parts_of(plan) == [Part("gather", 2, 1, 300)]
     long = BFLOAT16._replace(num_kv_heads=1, block_size=32)
-    plan = plan_of([Request(2048, runs=(64,), seed=1), Request(7, seed=2)], long)
-    assert parts_of(plan) == [Part("slice", 1, 1, 2048), Part("gather", 1, 1, 64, masked=True)]
-
-
-@pytest.mark.parametrize(("seq_len", "num_keys"), [(1, 64), (63, 64), (65, 128), (128, 128)])
-def test_bfloat16_keys_come_in_multiples_so_that_a_decode_does_not_meet_a_new_shape_in_every_step(
-    seq_len: int, num_keys: int
-):
-    """oneDNN compiles a kernel per shape. 128 keys side by side are a slice; others are copied and padded."""
-    plan = plan_of([Request(seq_len, runs=(-(-seq_len // 16),))], BFLOAT16)
-    padded = seq_len != num_keys
-    assert parts_of(plan) == [Part("gather" if padded else "slice", 1, 1, num_keys, masked=padded)]
-
-
-def test_a_long_bfloat16_slice_ends_at_a_multiple_and_the_last_keys_are_merged():
-    plan = plan_of([Request(2048 + 65, runs=(67,))], BFLOAT16._replace(num_kv_heads=1, block_size=32))
-    assert parts_of(plan, "runs") == [Part("slice", 1, 1, 2112)]
-    assert parts_of(plan) == [Part("gather", 1, 1, 64, masked=True)]
+    plan = plan_of([Request(512, runs=(16,), seed=1), Request(7, seed=2)], long)
+    assert parts_of(plan) == [Part("slice", 1, 1, 512), Part("slice", 1, 1, 7)]  # 7 keys of one block
 
 
 # ------------------------------------------------------------------ gather
@@ -139,10 +121,10 @@ def test_shorter_contexts_are_padded_with_their_own_first_key_and_masked():
 
 
 def test_contexts_whose_lengths_differ_too_much_do_not_share_a_batch():
-    """Padding costs at most 128 keys, or a quarter of the longest context."""
-    assert parts_of(plan_of([Request(161, seed=1), Request(33, seed=2)])) == [Part("gather", 2, 1, 161, masked=True)]
-    assert parts_of(plan_of([Request(162, seed=1), Request(33, seed=2)])) == [
-        Part("gather", 1, 1, 162),
+    """Padding costs at most 64 keys, or a quarter of the longest context."""
+    assert parts_of(plan_of([Request(97, seed=1), Request(33, seed=2)])) == [Part("gather", 2, 1, 97, masked=True)]
+    assert parts_of(plan_of([Request(98, seed=1), Request(33, seed=2)])) == [
+        Part("gather", 1, 1, 98),
         Part("gather", 1, 1, 33),
     ]
     assert parts_of(plan_of([Request(800, seed=1), Request(600, seed=2)])) == [Part("gather", 2, 1, 800, masked=True)]
@@ -153,8 +135,8 @@ def test_contexts_whose_lengths_differ_too_much_do_not_share_a_batch():
 
 
 def test_a_batch_ends_where_its_copy_would_leave_the_processor_cache():
-    plan = plan_of([Request(300, seed=seed) for seed in range(55)])
-    assert parts_of(plan) == [Part("gather", 54, 1, 300), Part("gather", 1, 1, 300)]  # 54 * 300 <= 16384 < 55 * 300
+    plan = plan_of([Request(300, seed=seed) for seed in range(15)])
+    assert parts_of(plan) == [Part("gather", 13, 1, 300), Part("gather", 2, 1, 300)]  # 13 * 300 <= 4096 < 14 * 300
 
 
 def test_rows_that_a_plan_sorts_come_back_to_their_places():
@@ -216,7 +198,7 @@ def test_bfloat16_merges_runs_too():
     shape = BFLOAT16._replace(num_kv_heads=1, group=3, block_size=32)
     plan = plan_of([Request(2048 + 64, runs=(1, 64, 1)), Request(33, seed=1)], shape)
     assert parts_of(plan, "runs") == [Part("slice", 1, 1, 2048)]
-    assert parts_of(plan) == [Part("gather", 1, 1, 64), Part("gather", 1, 1, 64, masked=True)]
+    assert parts_of(plan) == [Part("gather", 1, 1, 64), Part("gather", 1, 1, 33)]
 
 
 # ------------------------------------------------------------------ a few rows behind earlier context
@@ -224,9 +206,8 @@ def test_bfloat16_merges_runs_too():
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE._replace(group=3), BFLOAT16._replace(group=5)], ids=str)
 def test_a_few_rows_behind_context_are_one_short_query(num_rows: int, shape: Shape):
     plan = plan_of([Request(33, num_rows)], shape)
-    num_keys = 64 if shape.dtype == torch.bfloat16 else 33
-    assert parts_of(plan) == [Part("gather", 1, num_rows, num_keys, masked=True)]
-    assert plan.parts[0].mask.shape == (1, 1, num_rows * shape.group, num_keys)
+    assert parts_of(plan) == [Part("gather", 1, num_rows, 33, masked=True)]
+    assert plan.parts[0].mask.shape == (1, 1, num_rows * shape.group, 33)
 
 
 def test_requests_with_equally_many_rows_share_a_batch():

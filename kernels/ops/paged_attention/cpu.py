@@ -1,9 +1,9 @@
 """Attention over a paged KV cache with eager torch on a CPU; the plan (cpu_plan.py) says which operation runs when.
 
-Two primitives do the work. Torch's flash kernel reads strided keys in place, takes a group of query heads as its rows
-and returns the log-sum-exp by which partial results merge. In bf16 with few rows, two matmuls around a softmax are
-faster. Knows of requests only what the plan says. Called by the package; batch-invariant steps are handed to
-cpu_invariant.py. Twin in vLLM: v1/attention/backends/cpu_attn.py with csrc/cpu.
+One primitive does the work: torch's flash kernel reads strided keys in place, takes a group of query heads as its rows
+and returns the log-sum-exp by which partial results merge. Knows of requests only what the plan says. Called by the
+package; batch-invariant steps are handed to cpu_invariant.py. Twin in vLLM: v1/attention/backends/cpu_attn.py with
+csrc/cpu.
 """
 
 import torch
@@ -104,11 +104,11 @@ def _short_queries(
 ) -> torch.Tensor:  # [num_short_rows, num_kv_heads, group, head_size]
     num_runs = len(plan.runs)
     rows = q.split(plan.part_rows)
-    parts = [_short_part(rows[i], k, v, part, scale, num_runs > 0) for i, part in enumerate(plan.parts)]
+    parts = [_short_part(rows[i], k, v, part, scale) for i, part in enumerate(plan.parts)]
     out = torch.cat([part_out for part_out, _ in parts])
     if num_runs:
         rows = q[:num_runs].split(1)
-        runs = [_short_part(rows[i], k, v, run, scale, True) for i, run in enumerate(plan.runs)]
+        runs = [_short_part(rows[i], k, v, run, scale) for i, run in enumerate(plan.runs)]
         run_out, run_lse = (torch.cat(pieces) for pieces in zip(*runs, strict=True))
         lse = torch.cat([part_lse for _, part_lse in parts])  # [num_short_rows, num_kv_heads, group]
         out[:num_runs] = merge(run_out, run_lse, out[:num_runs], lse[:num_runs])
@@ -121,7 +121,6 @@ def _short_part(
     v: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
     part: ShortPart,
     scale: float,
-    with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # as q, and its lse [num_reqs * num_rows, num_kv_heads, group]
     num_kv_heads, group, head_size = q.shape[1:]
     if part.keys.slots is None:
@@ -130,44 +129,11 @@ def _short_part(
         keys, values = _gather_into_buffers(k, v, part)
     if part.num_rows > 1:  # rows and heads side by side: [num_reqs, num_kv_heads, num_rows * group, head_size]
         q = q.view(part.num_reqs, part.num_rows, num_kv_heads, group, head_size).transpose(1, 2).flatten(2, 3)
-    attend = _two_matmuls if q.dtype == torch.bfloat16 else _flash
-    out, lse = attend(q, keys, values, part.mask, scale, with_lse)
+    out, lse = flash_attention(q, keys, values, attn_mask=part.mask, scale=scale)
     if part.num_rows > 1:
         out = out.view(part.num_reqs, num_kv_heads, part.num_rows, group, head_size).transpose(1, 2).flatten(0, 1)
         lse = lse.view(part.num_reqs, num_kv_heads, part.num_rows, group).transpose(1, 2).flatten(0, 1)
     return out, lse
-
-
-def _flash(
-    q: torch.Tensor,  # [num_reqs, num_kv_heads, num_rows * group, head_size]
-    k: torch.Tensor,  # [num_reqs, num_kv_heads, num_keys, head_size]
-    v: torch.Tensor,  # [num_reqs, num_kv_heads, num_keys, head_size]
-    mask: torch.Tensor | None,  # [num_reqs, 1, 1 or num_rows * group, num_keys]
-    scale: float,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # as q, and [num_reqs, num_kv_heads, num_rows * group]
-    return flash_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def _two_matmuls(
-    q: torch.Tensor,  # [num_reqs, num_kv_heads, num_rows * group, head_size]
-    k: torch.Tensor,  # [num_reqs, num_kv_heads, num_keys, head_size], views of head-major memory
-    v: torch.Tensor,  # [num_reqs, num_kv_heads, num_keys, head_size]
-    mask: torch.Tensor | None,  # [num_reqs, 1, 1 or num_rows * group, num_keys]
-    scale: float,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # as q, and [num_reqs, num_kv_heads, num_rows * group], empty if not with_lse
-    num_reqs, num_kv_heads, num_rows, head_size = q.shape
-    # Head-major, as the keys lie in memory, so that neither matmul copies them.
-    q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [num_kv_heads * num_reqs, ., head_size]
-    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
-    if mask is not None:
-        scores.view(num_kv_heads, num_reqs, num_rows, -1).add_(mask.transpose(0, 1))
-    out = torch.bmm(torch.softmax(scores, dim=-1), v).view(num_kv_heads, num_reqs, num_rows, head_size)
-    if not with_lse:
-        return out.transpose(0, 1), q.new_empty(num_reqs, num_kv_heads, num_rows)
-    lse = torch.logsumexp(scores.float(), dim=-1).view(num_kv_heads, num_reqs, num_rows)
-    return out.transpose(0, 1), lse.transpose(0, 1)
 
 
 def _prefill(

@@ -25,17 +25,14 @@ from minivllm.kernels.paged_attention.metadata import AttentionMetadata
 
 # A request with earlier context and at most this many rows is a short query: rows and heads share one small matmul.
 SHORT_QUERY_TOKENS = 16
-# From this context on, a call for one request costs less than copying its keys into a batch. In bf16 the bytes are
-# half and the matmuls faster, so the call weighs more.
-SLICE_TOKENS = {torch.float32: 256, torch.bfloat16: 2048}
+# From this context on, a call for one request costs less than copying its keys into a batch; in bf16 the bytes are
+# half. Microseconds in place and copied, 8 requests, 3 heads of 64: fp32 256 keys 243 and 290, 512 keys 398 and 567;
+# bf16 256 keys 252 and 199, 512 keys 371 and 405.
+SLICE_TOKENS = {torch.float32: 256, torch.bfloat16: 512}
 # Keys and values of one gathered batch, in bytes: small enough to be still in the last cache when a matmul reads them.
-# In W32 (benchmarks) one layer has 1 to 3 batches; six smaller ones took 15 % more time.
-GATHER_BYTES = 1 << 24
-# oneDNN, which multiplies bf16, compiles a kernel for every new shape: 2 ms, and a decode has a new number of keys in
-# every step. So its keys come in multiples of this, the last ones masked. fp32 goes through MKL, which does not.
-KEY_STEP = {torch.bfloat16: 64}
+GATHER_BYTES = 1 << 22
 # Requests share a batch if this pads the shorter one by at most so many keys, or so large a share of the longer one.
-PADDING_TOKENS = 128
+PADDING_TOKENS = 64
 PADDING_SHARE = 0.25
 # Query rows per masked tile: a window's mask then stays small, and little of it is computed in vain.
 TILE_TOKENS = 128
@@ -55,11 +52,6 @@ class LayerShape(NamedTuple):
     def slice_tokens(self) -> int:
         """Shortest context worth a call of its own."""
         return SLICE_TOKENS.get(self.dtype, SLICE_TOKENS[torch.float32])
-
-    @property
-    def key_step(self) -> int:
-        """The number of keys of a short query is a multiple of this."""
-        return KEY_STEP.get(self.dtype, 1)
 
     @property
     def gather_tokens(self) -> int:
@@ -220,7 +212,6 @@ def plan_layer(contexts: list[Context], shape: LayerShape) -> LayerPlan:
         first_key = context.first_key(window)
         everything = (context, np.arange(first_key, context.seq_len))
         start, end = context.longest_run(first_key)
-        end -= (end - start) % shape.key_step
         whole = end - start == context.seq_len - first_key
         if shape.all_tiles or (not context.is_short and window is not None and context.seq_len > window):
             plan.tiles.extend(_tiles(context, shape))
@@ -279,8 +270,7 @@ def _short_part(batch: list[Stretch], shape: LayerShape) -> ShortPart:
     """Operands of requests with equally many rows. Only a single request can be a slice."""
     num_reqs, num_rows = len(batch), batch[0][0].num_rows
     num_keys = max(len(positions) for _, positions in batch)
-    num_keys += -num_keys % shape.key_step
-    if num_reqs == 1 and len(batch[0][1]) == num_keys:
+    if num_reqs == 1:
         keys = _keys(batch[0])
     else:
         slots = np.empty((num_reqs, num_keys), np.int64)
