@@ -55,14 +55,16 @@ class Decision(NamedTuple):
 
 DECISION_REASONS = {
     "decode": "runs on: its newest token is computed and the next one drawn",
-    "prefill": "admitted or continued: the rest of its tokens ({0}, after {1} in the cache) fits this step's budget",
+    "prefill": "admitted or continued: the rest of its tokens ({0}, after {1} already in the cache) "
+    "fits this step's budget",
     "chunk": "computes {0} of {1} missing tokens; {2}",
     "wait_blocks": "waits for blocks: needs {0}, {1} are free",
     "wait_budget": "waits for budget: {0} tokens left in this step, {1} needed (chunked prefill is {2})",
     "wait_seqs": "waits for a place: {0} of {0} sequences are running",
     "wait_preemption": "waits: {0} was preempted in this step, so nobody new is admitted",
     "wait_line": "waits in line behind {0}",
-    "preempt": "preempted so that {0} can grow: {1} blocks were free, {2} needed; it keeps its output, resumes first",
+    "preempt": "preempted so that {0} can grow: {1} blocks were free, {2} needed; "
+    "it keeps its output and resumes first",
 }
 
 

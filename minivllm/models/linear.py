@@ -34,12 +34,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minivllm.models import onednn
 from minivllm.models.weights import WeightSlot
-from minivllm.models.widening import WIDEN_FROM_ROWS, Widening, WideWeight, memory, pack
-
-# Which layout oneDNN packs to depends on the number of rows it is told to expect. With 1 it leaves float32 weights
-# as they are on AVX2 (2x slower at 4 rows); from 2 on it tiles them, and one layout serves every number of rows.
-PACK_FOR_ROWS = 32
+from minivllm.models.widening import WIDEN_FROM_ROWS, Widening, WideWeight
 
 # Rows per call when batch-invariant. Time of the layers' products against one free call, AVX2 float32:
 # 1 row 1.7x, 32 rows 1.5x. Tiles of 16 give 2.7x and 1.2x: worse for the single stream.
@@ -67,14 +64,9 @@ class WeightFormat:
     product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, stored, bias -> rows
 
 
-def _packed_product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """rows: [..., in_features], packed: from `pack`, bias: [out_features] -> [..., out_features]"""
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-
-
 FORMATS: Mapping[str, WeightFormat] = {
     "plain": WeightFormat(store=lambda weight: weight, product=F.linear),
-    "packed": WeightFormat(store=lambda weight: pack(weight, PACK_FOR_ROWS), product=_packed_product),
+    "packed": WeightFormat(store=onednn.pack, product=onednn.product),
 }
 
 
@@ -278,7 +270,7 @@ def find_tiles(packed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor | None
     oneDNN's inner-product layouts are tiles [columns / group, rows, group]; group is 2 or 4 where the CPU multiplies
     pairs of bfloat16. The tile's size differs by CPU and dtype, so it is searched for: 0.5 ms, plus a whole check.
     """
-    values = memory(packed, packed.dtype)  # [num_values], padding included
+    values = onednn.memory(packed, packed.dtype)  # [num_values], padding included
     num_rows, num_columns = plain.shape
     sizes = (64, 48, 32, 24, 16, 8, 4, 2, 1)
     for rows, columns, group in itertools.product(sizes, (*sizes, num_columns), (1, 2, 4)):

@@ -18,27 +18,17 @@ Knows no layer. Called by: models/linear.py. Twin in vLLM: none.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from functools import cached_property
 
 import torch
 
+from minivllm.models import onednn
+from minivllm.models.onednn import memory, pack
+
 WIDEN_FROM_ROWS = 96
 CLEARLY_FASTER = 1.3  # float32 over bfloat16; below this the widening would cost more than it gains
 ROWS_PER_TILE = 64  # of the weight, in both of oneDNN's layouts
-
-
-def pack(weight: torch.Tensor, num_rows: int = 32) -> torch.Tensor:
-    """oneDNN's layout of a weight [out_features, in_features], opaque. num_rows: expected in a product."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
-
-
-def memory(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bytes of a packed weight as [num_values] of `dtype`. Valid as long as `packed` lives."""
-    num_bytes = int(torch.ops.mkldnn._nbytes(packed))
-    address = int(torch.ops.mkldnn.data_ptr(packed))
-    return torch.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=dtype)
 
 
 class Scratch:
@@ -107,7 +97,7 @@ class WideWeight:
     ) -> torch.Tensor:  # [..., out_features] bfloat16
         wide_bias = None if bias is None else bias.float()
         packed = self.scratch.widen(self.pairs)
-        return torch.ops.mkldnn._linear_pointwise(rows.float(), packed, wide_bias, "none", [], "").to(rows.dtype)
+        return onednn.product(rows.float(), packed, wide_bias).to(rows.dtype)
 
 
 def _seconds_of_a_product(dtype: torch.dtype) -> float:
@@ -115,6 +105,6 @@ def _seconds_of_a_product(dtype: torch.dtype) -> float:
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
-        torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+        onednn.product(rows, packed, None)
         seconds.append(time.perf_counter() - started)
     return min(seconds)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minivllm.models.linear import Linear, ModelOptions
-from minivllm.models.widening import WIDEN_FROM_ROWS, Widening, memory, pack
+from minivllm.models.onednn import memory, pack
+from minivllm.models.widening import WIDEN_FROM_ROWS, Widening
 from tests.models.test_linear import loaded, random
 from tests.tolerances import LINEAR_RTOL
 

@@ -1,0 +1,168 @@
+"""The start-up settings: every bound of every number, every choice, and what depends on each other."""
+
+import math
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from minivllm.config import (
+    DEFAULT_MAX_MODEL_LEN,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    choose_max_model_len,
+)
+from minivllm.errors import ConfigError, show
+
+INT32, INT64 = 2**31 - 1, 2**63
+HUGE = 10**5000  # more digits than Python prints
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    return ModelConfig(**({"name": "tiny", "dtype": "float32", "max_model_len": 64, "vocab_size": 100} | changes))
+
+
+def scheduler_config(**changes: Any) -> SchedulerConfig:
+    return SchedulerConfig(**changes)
+
+
+def cache_config(**changes: Any) -> CacheConfig:
+    return CacheConfig(**changes)
+
+
+def engine_config(**changes: Any) -> EngineConfig:
+    return EngineConfig(model_config(), CacheConfig(), SchedulerConfig(), **changes)
+
+
+Builder = Callable[..., Any]
+BOUNDS: list[tuple[Builder, str, int, int]] = [
+    (model_config, "max_model_len", 1, INT32),
+    (model_config, "vocab_size", 1, INT32),
+    (cache_config, "block_size", 1, 1024),
+    (cache_config, "kv_cache_memory_bytes", 1, 2**60),
+    (cache_config, "num_gpu_blocks_override", 2, INT32),  # block 0 is the null block
+    (scheduler_config, "max_num_seqs", 1, 65536),
+    (scheduler_config, "max_num_batched_tokens", 1, INT32),
+    (scheduler_config, "max_model_len", 1, INT32),
+    (scheduler_config, "long_prefill_token_threshold", 0, INT32),
+    (engine_config, "seed", -INT64, INT64 - 1),
+]
+IDS = [f"{build.__name__.removesuffix('_config')}.{field}" for build, field, _, _ in BOUNDS]
+
+
+def refused(build: Builder, field: str, value: Any, parameter: str | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build(**{field: value})
+    assert caught.value.parameter == (parameter or field)
+    message = str(caught.value)
+    assert message.startswith(f"{parameter or field} must be ") and len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize(("build", "field", "low", "high"), BOUNDS, ids=IDS)
+def test_a_number_is_accepted_at_both_bounds_and_refused_beyond_them(build: Builder, field: str, low: int, high: int):
+    for value in (low, high):
+        assert getattr(build(**{field: value}), field) == value
+    for value in (low - 1, high + 1):
+        assert refused(build, field, value) == f"{field} must be an integer in [{low}, {high}], got {value}."
+
+
+@pytest.mark.parametrize("junk", [True, 16.0, math.nan, math.inf, "16", "", b"1", [16], {}, HUGE, -HUGE], ids=show)
+@pytest.mark.parametrize(("build", "field"), [bound[:2] for bound in BOUNDS], ids=IDS)
+def test_no_number_takes_junk(build: Builder, field: str, junk: Any):
+    """An integer of 5000 digits was a ValueError of Python's: the message tried to print it."""
+    refused(build, field, junk)
+
+
+@pytest.mark.parametrize(("build", "field"), [bound[:2] for bound in BOUNDS], ids=IDS)
+def test_none_is_a_value_only_for_the_two_sizes_of_the_cache(build: Builder, field: str):
+    if field in ("kv_cache_memory_bytes", "num_gpu_blocks_override"):
+        assert getattr(build(**{field: None}), field) is None
+    else:
+        refused(build, field, None)
+
+
+@pytest.mark.parametrize("share", [1e-300, 0.25, 0.5, 1.0, 1])
+def test_a_share_of_the_memory_is_above_0_and_at_most_1(share: float):
+    assert CacheConfig(gpu_memory_utilization=share).gpu_memory_utilization == share
+
+
+@pytest.mark.parametrize(
+    "junk", [0, 0.0, -0.1, 1.0000001, 2, math.nan, math.inf, -math.inf, True, "0.5", None, [0.5], HUGE], ids=show
+)
+def test_another_share_of_the_memory_is_refused(junk: Any):
+    assert "a share in (0, 1]" in refused(cache_config, "gpu_memory_utilization", junk)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_computes_in_float32_or_bfloat16(dtype: Any):
+    assert model_config(dtype=dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("junk", ["float16", "int8", "auto", "Float32", "", None, 32, [], "x" * 10_000], ids=show)
+def test_another_dtype_is_refused_with_the_choices(junk: Any):
+    assert "float32, bfloat16, got " in refused(model_config, "dtype", junk)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_the_policies(policy: str):
+    assert SchedulerConfig(policy=policy).policy == policy
+
+
+@pytest.mark.parametrize("junk", ["lifo", "FCFS", "", None, 0, ["fcfs"]], ids=show)
+def test_another_policy_is_refused_under_the_name_of_its_flag(junk: Any):
+    assert "fcfs, priority, got " in refused(scheduler_config, "policy", junk, parameter="scheduling_policy")
+
+
+def test_without_chunks_the_budget_must_hold_the_longest_prompt():
+    whole = {"enable_chunked_prefill": False, "max_model_len": 100}
+    assert SchedulerConfig(**whole, max_num_batched_tokens=100).max_num_batched_tokens == 100
+    with pytest.raises(
+        ConfigError, match=r"at least max_model_len \(100\) when chunked.*got 99.*Raise it, lower"
+    ) as caught:
+        SchedulerConfig(**whole, max_num_batched_tokens=99)
+    assert caught.value.parameter == "max_num_batched_tokens"
+    assert SchedulerConfig(max_model_len=100, max_num_batched_tokens=1).enable_chunked_prefill
+
+
+@pytest.mark.parametrize("build", [model_config, cache_config, scheduler_config, engine_config])
+def test_nothing_is_changed_after_construction(build: Builder):
+    record = build()
+    for name in record.__dataclass_fields__:
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, None)
+
+
+# ------------------------------------------------------------------ the context length
+@pytest.mark.parametrize(
+    ("requested", "limit", "chosen"),
+    [
+        (None, 2048, 2048),
+        (None, 131_072, DEFAULT_MAX_MODEL_LEN),  # a long context is asked for, not stumbled into
+        (None, None, DEFAULT_MAX_MODEL_LEN),
+        (131_072, 131_072, 131_072),
+        (1, 2048, 1),
+        (10_000, None, 10_000),
+    ],
+)
+def test_the_context_is_what_was_asked_for_within_what_the_model_knows(requested: Any, limit: Any, chosen: Any):
+    assert choose_max_model_len(requested, limit) == chosen
+
+
+@pytest.mark.parametrize(("requested", "limit"), [(2049, 2048), (INT32, 8192)])
+def test_more_context_than_the_model_was_made_for_is_refused(requested: Any, limit: Any):
+    with pytest.raises(
+        ConfigError, match=f"at most {limit}, the context this model was made for, got {requested}"
+    ) as caught:
+        choose_max_model_len(requested, limit)
+    assert caught.value.parameter == "max_model_len"
+
+
+@pytest.mark.parametrize("junk", [0, -1, True, 1.5, "64", math.nan, INT32 + 1, HUGE], ids=show)
+@pytest.mark.parametrize("limit", [None, 2048])
+def test_a_context_that_is_no_count_is_refused(junk: Any, limit: Any):
+    with pytest.raises(ConfigError, match="max_model_len must be an integer in"):
+        choose_max_model_len(junk, limit)
