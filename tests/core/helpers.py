@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
 
 from minivllm.config import CacheConfig, SchedulerConfig
 from minivllm.core.block_pool import KVCacheBlock
@@ -15,14 +19,16 @@ EOS = 2
 DRAWN = 7  # what the runner of these tests draws unless told otherwise
 
 
-def make_request(request_id: str, prompt: Iterable[int], *, max_tokens: int = 16, **fields) -> Request:
+def make_request(request_id: str, prompt: Iterable[int], *, max_tokens: int = 16, **fields: Any) -> Request:
     """A generating request. `min_tokens` goes the way it goes in the engine: through SamplingParams."""
     params = SamplingParams(max_tokens=None, min_tokens=fields.pop("min_tokens", 0))
     return Request(request_id, list(prompt), params, max_tokens=max_tokens, **fields)
 
 
-def make_scheduler(num_blocks: int = 11, block_size: int = 4, enable_prefix_caching: bool = True, **limits) -> Scheduler:
-    """Ten usable blocks of four tokens (block 0 is the null block), and a budget that binds only where a test says so."""
+def make_scheduler(
+    num_blocks: int = 11, block_size: int = 4, enable_prefix_caching: bool = True, **limits: Any
+) -> Scheduler:
+    """Ten usable blocks of four tokens (block 0 is the null block); the budget binds only where a test says so."""
     limits.setdefault("max_num_batched_tokens", 64)
     limits.setdefault("max_model_len", 64)
     cache_config = CacheConfig(block_size=block_size, enable_prefix_caching=enable_prefix_caching)
@@ -37,7 +43,7 @@ def add(scheduler: Scheduler, *requests: Request) -> None:
 
 
 def drawn(
-    scheduler: Scheduler, step: SchedulerOutput, token_ids: dict[str, int] | None = None, **result
+    scheduler: Scheduler, step: SchedulerOutput, token_ids: dict[str, int] | None = None, **result: Any
 ) -> ModelRunnerOutput:
     """What the runner answers: one token (DRAWN, or as given) for each request whose last token was computed."""
     sampled = {}
@@ -49,7 +55,7 @@ def drawn(
 
 
 def run_step(
-    scheduler: Scheduler, token_ids: dict[str, int] | None = None, **result
+    scheduler: Scheduler, token_ids: dict[str, int] | None = None, **result: Any
 ) -> tuple[SchedulerOutput, list[EngineCoreOutput]]:
     """One whole step: schedule, draw, update."""
     step = scheduler.schedule()
@@ -76,3 +82,50 @@ def decision(step: SchedulerOutput, request_id: str) -> Decision:
     """The only decision of this step about the request."""
     [found] = [d for d in step.decisions if d.request_id == request_id]
     return found
+
+
+# ------------------------------------------------------------------ work, counted and not timed
+def lines_executed(call: Callable[[], object]) -> int:
+    """How many lines of Python a call runs: the same on every machine, however busy. A loop inside C counts once."""
+    count = 0
+
+    def trace(_frame: FrameType, event: str, _argument: object) -> Callable[..., Any]:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+class CountingQueue(OrderedDict):
+    """A free queue that counts what is asked of it, and every entry that somebody walks past."""
+
+    num_calls = 0
+    num_entries_walked = 0
+
+    def __setitem__(self, key: int, value: KVCacheBlock) -> None:
+        self.num_calls += 1
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: int) -> None:
+        self.num_calls += 1
+        super().__delitem__(key)
+
+    def popitem(self, last: bool = True) -> tuple[int, KVCacheBlock]:
+        self.num_calls += 1
+        return super().popitem(last)
+
+    def move_to_end(self, key: int, last: bool = True) -> None:
+        self.num_calls += 1
+        super().move_to_end(key, last)
+
+    def __iter__(self) -> Iterator[int]:
+        for key in super().__iter__():
+            self.num_entries_walked += 1
+            yield key

@@ -4,15 +4,19 @@ A hypothesis state machine drives the real Scheduler with a FakeRunner, which kn
 cache. Requests share prefixes, salts and children's prompts, pools are so small that preemption is the rule, and
 steps break in every way. After each rule the ten invariants hold:
 
- 1. free and held blocks are all blocks, and no block is twice in the free queue;
+ 1. free and held blocks are all blocks, and no block is twice in the free queue, where nameless ones stand in front
+    of named ones and the tail of a prefix in front of its head; a step takes its new blocks from the front;
  2. a block's ref_cnt is the number of tables that hold it;
  3. no slot is writable by two requests: blocks held twice are full and named, or computed by one of the holders;
  4. a table covers exactly ceil(computed tokens / block_size) blocks, the step's own tokens included;
- 5. every request is in exactly one of waiting, running, ended, and moves along the lifecycle only;
- 6. a step schedules at most its budget, and at most max_num_seqs requests run;
- 7. a block's hash is the chain recomputed from scratch, and its slots hold just those tokens;
+ 5. every request is in exactly one of waiting, running, ended, and moves along the lifecycle only; nobody overtakes:
+    running and waiting together are in order of arrival (by priority: the waiting ones by priority and arrival);
+ 6. a step schedules at most its budget, running requests first, and at most max_num_seqs run; who is cut, is cut by
+    the budget or the threshold, and who waits though there is room, waits for blocks (or for room for all of it);
+ 7. a block's hash is the chain recomputed from scratch, and its slots hold just those tokens; a block is named by the
+    step that fills it, and a lookup finds the longest prefix that has names;
  8. an ended request holds nothing: no block, no place in a queue, no state in the worker;
- 9. progress: while requests exist every step computes a token, the oldest (the most important) is never preempted,
+ 9. progress: while requests exist every step computes a token, those who matter least give way and never the oldest,
     and everything admitted ends within a bound;
 10. what a request got is what the sequential reference gives, however it was chunked, cached or preempted.
 
@@ -30,18 +34,25 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from minivllm.config import CacheConfig, SchedulerConfig
 from minivllm.core.block_hash import ROOT_HASH
-from minivllm.core.request import FinishReason, Request, RequestStatus
+from minivllm.core.request import Request, RequestStatus
 from minivllm.core.scheduler import Scheduler
 from minivllm.outputs import EngineCoreOutput, SchedulerOutput
 from minivllm.sampling_params import SamplingParams
 
 from .fake_runner import VOCAB_SIZE, FakeRunner, StepFailed, expected_output, prefix_digest
 
-EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "96"))
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "500"))
 STEPS = int(os.environ.get("STATE_MACHINE_STEPS", "50"))
 
 # Two long texts whose beginnings the prompts are cut from, so that prefixes are shared all the time.
@@ -103,6 +114,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.ended: dict[str, str] = {}  # how the engine was told that the request ended
         self.statuses: dict[str, RequestStatus] = {}
         self.digest_of_hash: dict[bytes, int] = {}
+        self.parent_of: dict[bytes, bytes] = {}
+        self.were_names_taken = False  # by a fault: then a block's copy may stand behind what follows it
+        self.first_hit: dict[str, int] = {}  # tokens that the first admission found in the cache
         self.is_inside_step = False
 
     # ------------------------------------------------------------------ rules
@@ -112,7 +126,7 @@ class EngineMachine(RuleBasedStateMachine):
         tail=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
         max_tokens=st.integers(1, 16),
         min_tokens=st.integers(0, 3),
-        stops=st.sampled_from([(), (), (), (0,), (0, 1)]),
+        stops=st.sampled_from([(), (), (), (0,), (0, 1), (0, 0, 1)]),
         salt=st.sampled_from([None, None, None, "a", "b"]),
         priority=st.integers(0, 2),
         num_children=st.sampled_from([1, 2, 3]),
@@ -121,7 +135,7 @@ class EngineMachine(RuleBasedStateMachine):
     def add(self, text, cut, tail, max_tokens, min_tokens, stops, salt, priority, num_children, skip):
         """n children of one prompt are n requests with seeds of their own."""
         prompt = (text[:cut] + tail)[: self.largest - 1]
-        max_tokens = min(max_tokens, self.largest - len(prompt))
+        max_tokens = min(max_tokens, self.scheduler.kv_cache.num_usable_tokens - len(prompt))  # may exceed the context
         for _ in range(num_children):
             self._add(
                 prompt,
@@ -163,6 +177,7 @@ class EngineMachine(RuleBasedStateMachine):
     def disturb(self, fault, data):
         """Somebody leaves or breaks, in whatever state he is; or a whole step breaks after some of its writes."""
         request_id = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
+        self.were_names_taken |= fault != "abort"
         if fault == "abort":
             self._abort(request_id)
         elif fault == "abort in step":
@@ -184,7 +199,7 @@ class EngineMachine(RuleBasedStateMachine):
         before = self._picture()
         self.scheduler.has_work, self.scheduler.has_unfinished_requests, self.pool.usage, repr(self.pool.blocks)
         for request in list(self.scheduler.waiting):
-            self.scheduler.kv_cache.get_computed_blocks(request)
+            self._check_lookup(request)
         self.scheduler.check_integrity()
         assert self._picture() == before
         if reset:
@@ -198,7 +213,9 @@ class EngineMachine(RuleBasedStateMachine):
         The oldest running request advances in every step and is never preempted, so a request costs at most its own
         tokens in steps. By priority the budget may go to requests that were admitted earlier.
         """
-        needed = [request.num_prompt_tokens + max(request.max_tokens, 1) for request in self.scheduler.requests.values()]
+        needed = [
+            request.num_prompt_tokens + max(request.max_tokens, 1) for request in self.scheduler.requests.values()
+        ]
         bound = sum(needed) * (len(needed) if self.policy == "priority" else 1)
         for _ in range(bound):
             if not self.scheduler.has_unfinished_requests:
@@ -241,8 +258,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.is_inside_step = True
         running = list(self.scheduler.running)
         waiting = [request.request_id for request in self.scheduler.waiting]
+        free = self.pool.free_block_ids()
         step = self.scheduler.schedule()
         self._check_step(step, running, waiting)
+        self._check_taken(step, free)
         return step
 
     def _step(self, broken: set[str] = frozenset(), meanwhile=None) -> None:
@@ -268,6 +287,8 @@ class EngineMachine(RuleBasedStateMachine):
         for output in outputs:
             assert output.request_id not in self.ended, "an ended request says nothing more"
             self.got[output.request_id] += output.new_token_ids
+            if output.finish_reason != "error":
+                assert output.num_cached_tokens == self.first_hit.get(output.request_id, 0), "what usage reports"
             if output.finish_reason is not None:
                 self.ended[output.request_id] = output.finish_reason
                 assert (output.error is not None) == (output.finish_reason == "error")
@@ -281,6 +302,7 @@ class EngineMachine(RuleBasedStateMachine):
     # ------------------------------------------------------------------ invariants of a step just scheduled
     def _check_step(self, step: SchedulerOutput, running: list[Request], waiting: list[str]) -> None:
         self._check_amounts(step)
+        self._check_shares(step, running)
         self._check_order(step, running, waiting)
         self._check_tables(step)
         self._check_decisions(step)
@@ -298,8 +320,64 @@ class EngineMachine(RuleBasedStateMachine):
             assert new.num_computed_tokens < request.num_tokens, "one token is always computed"
             may_hit = self.caching and not request.skip_prefix_cache
             assert may_hit or new.num_computed_tokens == 0
+            self.first_hit.setdefault(new.request_id, new.num_computed_tokens)
             if not self.chunked:
                 assert new.num_computed_tokens + scheduled[new.request_id] == request.num_tokens, "only whole prompts"
+
+    def _check_shares(self, step: SchedulerOutput, running: list[Request]) -> None:
+        """6: running requests first, and every cut and every wait has its cause."""
+        scheduled, threshold = step.num_scheduled_tokens, self.config.long_prefill_token_threshold
+        room = self.config.max_num_batched_tokens - step.total_num_scheduled_tokens
+        is_capped = self.chunked and threshold > 0 and len(self.scheduler.requests) > 1
+        stayed = [r.request_id for r in running if r.request_id not in step.preempted_req_ids]
+        reached = [request_id for request_id in stayed if request_id in scheduled]
+        assert reached == stayed[: len(reached)], "in order"
+        assert len(reached) == len(stayed) or room == 0, "passed over although there was budget"
+        assert len(reached) == len(stayed) or not step.scheduled_new_reqs, "running ones first"
+        for request_id, num_tokens in scheduled.items():
+            request = self.scheduler.requests[request_id]
+            num_missing = request.num_tokens - request.num_computed_tokens
+            assert num_tokens == num_missing or room == 0 or (is_capped and num_tokens == threshold)
+            assert num_tokens <= threshold or not is_capped
+        if step.scheduled_new_reqs:  # the last one: those before it may have seen their room go to the next ones
+            newest = self.scheduler.requests[step.scheduled_new_reqs[-1].request_id]
+            num_owned = len(self.tables[newest.request_id])
+            assert -(-newest.num_tokens // self.block_size) - num_owned <= self.pool.num_free_blocks, "all of it fits"
+        if self.scheduler.waiting and room and not step.preempted_req_ids:
+            self._check_head(self.scheduler.waiting.peek(), room)
+
+    def _check_head(self, head: Request, room: int) -> None:
+        """The first in line stays there although there is budget: for want of a place, of blocks, or of budget for all
+        of it when prompts are not cut."""
+        hits = self._check_lookup(head)
+        num_needed = -(-head.num_tokens // self.block_size) - sum(self.pool.blocks[i].ref_cnt > 0 for i in hits)
+        is_short = num_needed > self.pool.num_free_blocks
+        is_too_long = not self.chunked and head.num_tokens - len(hits) * self.block_size > room
+        assert is_short or is_too_long or len(self.scheduler.running) == self.config.max_num_seqs
+
+    def _check_lookup(self, request: Request) -> list[int]:
+        """7: the longest named prefix, and one token to compute. Returns the ids of its blocks."""
+        hits = [block.block_id for block in self.scheduler.kv_cache.get_computed_blocks(request)]
+        if not self.caching or request.skip_prefix_cache:
+            assert hits == []
+            return hits
+        names = {block.block_hash for block in self.pool.blocks}
+        chain = hash_chain(request.all_token_ids[:-1], request.cache_salt, self.block_size)
+        known = [block_hash in names for block_hash in chain]
+        assert [self.pool.blocks[i].block_hash for i in hits] == chain[: [*known, False].index(False)]
+        return hits
+
+    def _check_taken(self, step: SchedulerOutput, free: list[int]) -> None:
+        """1: hits are lifted out of the queue, and what else is taken stood in front of all that stays."""
+        if step.preempted_req_ids:
+            return
+        still_free = self.pool.free_block_ids()
+        assert [block_id for block_id in free if block_id in set(still_free)] == still_free, "the rest keeps its order"
+        hits = set()
+        for new in step.scheduled_new_reqs:
+            hits.update(new.block_ids[: new.num_computed_tokens // self.block_size])
+        taken = set(free) - set(still_free) - hits
+        assert taken == set([block_id for block_id in free if block_id not in hits][: len(taken)])
 
     def _check_order(self, step: SchedulerOutput, running: list[Request], waiting: list[str]) -> None:
         """5 and 9: nobody overtakes in the line, and the oldest running request stays."""
@@ -312,8 +390,11 @@ class EngineMachine(RuleBasedStateMachine):
             most_important = min(running, key=lambda request: (request.priority, request.arrival))
             oldest = running[0] if self.policy == "fcfs" else most_important
             assert oldest.request_id not in preempted, "the oldest is never a victim"
-        if preempted and self.policy == "fcfs":
-            assert preempted == {request.request_id for request in running[-len(preempted) :]}, "the last ones give way"
+        by_importance = running
+        if self.policy == "priority":
+            by_importance = sorted(running, key=lambda request: (request.priority, request.arrival))
+        least = by_importance[len(running) - len(preempted) :]
+        assert preempted == {request.request_id for request in least}, "those who matter least give way"
 
     def _check_tables(self, step: SchedulerOutput) -> None:
         """3 and 4, while the step is about to run."""
@@ -322,7 +403,11 @@ class EngineMachine(RuleBasedStateMachine):
             end = request.num_computed_tokens + step.num_scheduled_tokens.get(request.request_id, 0)
             table = self.tables[request.request_id].block_ids
             assert len(table) == -(-end // self.block_size), "a table covers just the tokens of this step"
-            writers.update(table[request.num_computed_tokens // self.block_size :])
+            written = table[request.num_computed_tokens // self.block_size :]
+            writers.update(written)
+            num_filled = end // self.block_size - request.num_computed_tokens // self.block_size
+            is_named = [self.pool.blocks[block_id].block_hash is not None for block_id in written]
+            assert is_named == [self.caching and index < num_filled for index in range(len(written))], "7"
         for block_id, count in writers.items():
             assert count == 1, f"block {block_id} can be written by {count} requests"
 
@@ -356,6 +441,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert len(free) == len(set(free)) and not set(free) & set(held) and 0 not in held
         assert len(free) + len(held) == self.num_blocks - 1
         assert all(block.ref_cnt == held[block.block_id] for block in self.pool.blocks[1:])
+        names = [self.pool.blocks[block_id].block_hash for block_id in free]
+        assert names == [None] * names.count(None) + [name for name in names if name is not None], "nameless in front"
         assert set(self.tables) == {request.request_id for request in self.scheduler.running}
 
     def _check_lifecycle(self) -> None:
@@ -370,6 +457,10 @@ class EngineMachine(RuleBasedStateMachine):
             assert (request_id in self.scheduler.requests) == (request_id not in self.ended)
         in_queues = [request.request_id for request in [*self.scheduler.running, *self.scheduler.waiting]]
         assert sorted(in_queues) == sorted(self.scheduler.requests)
+        line = [(request.priority, request.arrival) for request in self.scheduler.waiting]
+        if self.policy == "fcfs":
+            line = [request.arrival for request in [*self.scheduler.running, *self.scheduler.waiting]]
+        assert line == sorted(line), "nobody overtakes"
 
     def _check_cache(self) -> None:
         """7: every name in the pool stands for exactly what lies in the slots."""
@@ -382,12 +473,27 @@ class EngineMachine(RuleBasedStateMachine):
             assert all(isinstance(slot, tuple) for slot in slots), f"{block} is named, but holds {slots}"
             assert slots[-1][2] == self.digest_of_hash[block.block_hash], f"{block} holds another prefix: {slots}"
 
+        if not self.were_names_taken:
+            self._check_tails()
+
+    def _check_tails(self) -> None:
+        """1: whatever comes before a free named block is held, or stands behind it in the queue, or has no name."""
+        names = {block.block_hash for block in self.pool.blocks}
+        kept_longer = {block.block_hash for block in self.pool.blocks if block.ref_cnt}
+        for block_id in reversed(self.pool.free_block_ids()):
+            name = self.pool.blocks[block_id].block_hash
+            if name is not None:
+                parent = self.parent_of[name]
+                assert parent in kept_longer or parent not in names, f"block {block_id} outlives what comes before it"
+                kept_longer.add(name)
+
     def _learn_hashes(self, request: Request) -> None:
         num_full_blocks = len(request.block_hashes)
         if not num_full_blocks or request.block_hashes[-1] in self.digest_of_hash:
             return
         chain = hash_chain(request.all_token_ids, request.cache_salt, self.block_size)[:num_full_blocks]
         assert request.block_hashes == chain
+        self.parent_of.update(zip(chain, [ROOT_HASH, *chain], strict=False))
         for index, block_hash in enumerate(chain):
             token_ids = request.all_token_ids[: (index + 1) * self.block_size]
             self.digest_of_hash[block_hash] = prefix_digest(request.cache_salt, token_ids)
@@ -401,6 +507,8 @@ class EngineMachine(RuleBasedStateMachine):
             if ended in ("stop", "length"):
                 assert (self.got[request_id], ended) == (output, str(reason))
                 assert request.finish_reason == reason
+                is_eos = not output or output[-1] in request.eos_token_ids
+                assert request.stop_reason == (None if is_eos or ended == "length" else output[-1])
             else:
                 assert self.got[request_id] == output[: len(self.got[request_id])]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minivllm.worker.pooling import POOLING_TYPES, accumulate, finish
+from tests.tolerances import UNIT_LENGTH_ATOL
 
 
 @pytest.mark.parametrize("pooling_type", POOLING_TYPES)
@@ -15,4 +16,4 @@ def test_chunks_pool_to_the_same_vector(pooling_type: str, cuts: list[int]):
     pooled = None
     for chunk in rows.split(cuts):
         pooled = accumulate(pooling_type, pooled, chunk)
-    assert torch.allclose(torch.tensor(finish(pooling_type, pooled, 7)), expected, atol=1e-6)
+    assert torch.allclose(torch.tensor(finish(pooling_type, pooled, 7)), expected, atol=UNIT_LENGTH_ATOL)
