@@ -1,8 +1,7 @@
 """What the scheduler and the block pool cost per step: pytest benchmarks/test_core.py -n 0 --benchmark-columns=median
 
 The laws: at most 5 microseconds per running request for schedule + update; nothing per waiting request; block
-operations
-alike at 1,000 and 100,000 blocks.
+operations alike at 1,000 and 100,000 blocks.
 """
 
 from typing import Any

@@ -190,7 +190,7 @@ class Scheduler:
         step.total_num_scheduled_tokens += num_tokens
         if num_tokens < num_missing:
             cause = "the step's budget is spent"
-            if step.total_num_scheduled_tokens < self.config.max_num_batched_tokens:
+            if num_tokens == self.config.long_prefill_token_threshold and len(self.requests) > 1:
                 cause = "long_prefill_token_threshold leaves room for shorter prompts"
             decision = Decision(request.request_id, "chunk", num_tokens, (num_tokens, num_missing, cause))
         elif num_tokens == 1 and request.num_computed_tokens >= request.num_prompt_tokens:

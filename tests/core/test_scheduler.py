@@ -574,6 +574,19 @@ def story_chunk_by_budget_that_equals_the_threshold() -> Decision:
     return decision(scheduler.schedule(), "r")
 
 
+def story_chunk_by_budget_although_a_victim_gave_some_back() -> Decision:
+    """r is cut to 5 beside the decoding one, and then needs its blocks: there is no threshold to blame."""
+    scheduler = make_scheduler(policy="priority", max_num_batched_tokens=6)
+    add(scheduler, make_request("low", [1], priority=9))
+    run_step(scheduler)
+    add(scheduler, make_request("r", range(100, 136)))
+    step, _ = run_step(scheduler)
+    while not step.preempted_req_ids:
+        step, _ = run_step(scheduler)
+    assert step.num_scheduled_tokens == {"r": 5}
+    return decision(step, "r")
+
+
 def story_wait_blocks() -> Decision:
     scheduler = make_scheduler()
     add(scheduler, make_request("a", range(100, 123)), make_request("r", range(20)))
@@ -651,6 +664,11 @@ STORIES: dict[Callable[[], Decision], tuple[str, int, str]] = {
         "chunk",
         8,
         "computes 8 of 20 missing tokens; the step's budget is spent",
+    ),
+    story_chunk_by_budget_although_a_victim_gave_some_back: (
+        "chunk",
+        5,
+        "computes 5 of 6 missing tokens; the step's budget is spent",
     ),
     story_wait_blocks: ("wait_blocks", 0, "waits for blocks: needs 5, 4 are free"),
     story_wait_budget: (
