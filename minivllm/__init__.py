@@ -22,7 +22,7 @@ from minivllm.errors import (
     ServerError,
 )
 from minivllm.outputs import CompletionOutput, EmbeddingRequestOutput, Logprob, RequestOutput
-from minivllm.sampling_params import BeamSearchParams, SamplingParams
+from minivllm.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 from minivllm.version import __version__
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ServerError",
+    "StructuredOutputsParams",
     "__version__",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: generate, chat, embed, pull, plan, run-batch.
+"""The command line: serve, generate, chat, embed, pull, plan, run-batch.
 
 Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
 error. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ENGINE, SAMPLING = "Engine", "Sampling"
+ENGINE, SAMPLING, SERVER = "Engine", "Sampling", "Server"
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, .gguf file or Hugging Face id.", rich_help_panel=ENGINE)
@@ -380,6 +380,144 @@ def plan(
     for label, value, arithmetic in result.rows():
         table.add_row(label, f"[bold]{value}[/bold]", f"[dim]{arithmetic}[/dim]")
     Console().print(table)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, .gguf file or Hugging Face id; nothing = the default model.")
+    ] = None,
+    model_option: ModelOption = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 = all.", rich_help_panel=SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 = any free one.", rich_help_panel=SERVER)] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Clients must send this; may be repeated.",
+            envvar=["MINIVLLM_API_KEY", "VLLM_API_KEY"],
+            show_envvar=True,
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What clients call the model; may be repeated, the first is primary.", rich_help_panel=SERVER
+        ),
+    ] = None,
+    shutdown_timeout: Annotated[
+        float, typer.Option(help="Seconds that running answers may take to end.", rich_help_panel=SERVER)
+    ] = 30.0,
+    max_queue: Annotated[int, typer.Option(help="Requests waiting; more get 429.", rich_help_panel=SERVER)] = 256,
+    max_body_bytes: Annotated[int, typer.Option(help="Longest request body.", rich_help_panel=SERVER)] = 2**20,
+    allowed_origins: Annotated[
+        str | None,
+        typer.Option(help="Web pages that may call: words, a JSON list, or *.", rich_help_panel=SERVER),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Take the tokenizer from another model.", rich_help_panel=ENGINE)
+    ] = None,
+    dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    max_num_seqs: MaxNumSeqsOption = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in one step.", rich_help_panel=ENGINE)] = 1024,
+    block_size: BlockSizeOption = 16,
+    gpu_memory_utilization: UtilizationOption = 0.25,
+    kv_cache_memory_bytes: CacheBytesOption = None,
+    num_gpu_blocks_override: NumBlocksOption = None,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse what prompts have in common.", rich_help_panel=ENGINE)
+    ] = True,
+    enable_chunked_prefill: Annotated[
+        bool, typer.Option(help="A long prompt may take several steps.", rich_help_panel=ENGINE)
+    ] = True,
+    long_prefill_token_threshold: Annotated[
+        int, typer.Option(help="Most tokens of one prompt in a step; 0 = no limit.", rich_help_panel=ENGINE)
+    ] = 0,
+    scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority.", rich_help_panel=ENGINE)] = "fcfs",
+    seed: Annotated[int, typer.Option(help="Of requests that bring none.", rich_help_panel=ENGINE)] = 0,
+    batch_invariant: BatchInvariantOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
+) -> None:
+    """Answer over HTTP, as OpenAI's API does, until a signal comes."""
+    if model is not None and model_option is not None:
+        raise typer.BadParameter("give the model once, as MODEL or as --model")
+    if max_queue < 0:
+        raise typer.BadParameter(f"--max-queue must be 0 or more, got {max_queue}")
+    origins = _origins(allowed_origins)
+
+    from minivllm.engine.async_engine import AsyncEngine
+    from minivllm.entrypoints.server import Server, ServerConfig
+    from minivllm.entrypoints.server import serve as run_server
+
+    config = ServerConfig(
+        host=host,
+        port=port,
+        served_model_names=tuple(served_model_name or ()),
+        api_keys=tuple(api_key or ()),
+        allowed_origins=origins,
+        max_body_bytes=max_body_bytes,
+        shutdown_timeout_seconds=shutdown_timeout,
+    )
+    llm = _load(
+        model or model_option,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        num_gpu_blocks_override=num_gpu_blocks_override,
+        enable_prefix_caching=enable_prefix_caching,
+        enable_chunked_prefill=enable_chunked_prefill,
+        long_prefill_token_threshold=long_prefill_token_threshold,
+        scheduling_policy=scheduling_policy,
+        seed=seed,
+        batch_invariant=batch_invariant,
+    )
+
+    def announce(server: Server) -> None:
+        _announce(server, llm.llm_engine, as_json)
+
+    raise typer.Exit(run_server(AsyncEngine(llm.llm_engine, max_queue), config, announce))
+
+
+def _origins(text: str | None) -> tuple[str, ...]:
+    """Words, or a JSON list as vLLM takes it."""
+    if text is None or not text.strip().startswith("["):
+        return tuple((text or "").replace(",", " ").split())
+    try:
+        origins = json.loads(text)
+    except (ValueError, RecursionError):
+        origins = None
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise typer.BadParameter(f"--allowed-origins must be words or a JSON list of strings, got {text[:100]!r}")
+    return tuple(origins)
+
+
+def _announce(server: Any, engine: Any, as_json: bool) -> None:
+    """Tell that the server answers, and how to try it."""
+    name, max_model_len = server.service.model_names[0], engine.config.model.max_model_len
+    num_blocks, config = engine.plan.num_blocks - 1, server.service.config
+    if as_json:
+        facts = {"url": f"{server.url}/v1", "model": name, "max_model_len": max_model_len, "blocks": num_blocks}
+        typer.echo(_json(facts))
+        sys.stdout.flush()
+        return
+    typer.echo(f"minivllm ready: {server.url}/v1  model {name}  max_model_len {max_model_len}  KV blocks {num_blocks}")
+    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    is_pooling = engine.config.model.is_pooling
+    path = "embeddings" if is_pooling else "chat/completions"
+    content = {"input": "Hello"} if is_pooling else {"messages": [{"role": "user", "content": "Hello"}]}
+    body = _json({"model": name, **content})
+    typer.echo(f"try: curl {server.url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{body}'")
+    sys.stdout.flush()
+    if config.host not in ("127.0.0.1", "::1", "localhost") and not config.api_keys:
+        _stderr().print(f"[yellow]warning: {config.host} is open to everybody who can reach it: set --api-key[/yellow]")
 
 
 @app.command("run-batch")

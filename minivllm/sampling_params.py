@@ -8,7 +8,9 @@ Twin in vLLM: vllm/sampling_params.py (same fields, same defaults; best_of is ke
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,10 @@ MAX_BAD_WORDS = 128
 MAX_LOGIT_BIAS = 1024
 LOGIT_BIAS_RANGE = 100.0
 GREEDY_EPS = 1e-5  # a temperature below this is greedy
+MAX_GRAMMAR_BYTES = 64 * 1024  # of a JSON schema, a grammar, or all choices together
+MAX_SCHEMA_DEPTH = 64
+MAX_ENUM_VALUES = 1000  # also of choices
+MAX_REGEX_BYTES = 2048
 MIN_TEMPERATURE = 1e-2  # a sampling temperature below this is raised to it: logits/T must stay finite
 
 _INT64 = 2**63
@@ -80,6 +86,130 @@ def _token_ids(parameter: str, value: Any, max_items: int | None) -> list[int]:
     return list(value)
 
 
+def _text_bytes(name: str, value: Any, max_bytes: int) -> str:
+    """A non-empty string of at most max_bytes in UTF-8."""
+    expected = f"a non-empty string of at most {max_bytes} bytes"
+    if not isinstance(value, str) or not value or len(value) > max_bytes:
+        raise _refuse_grammar(name, expected, value)
+    try:
+        num_bytes = len(value.encode())
+    except UnicodeEncodeError:
+        raise _refuse_grammar(name, "valid Unicode (it holds half a surrogate pair)", value) from None
+    if num_bytes > max_bytes:
+        raise _refuse_grammar(name, expected, value)
+    return value
+
+
+def _refuse_grammar(name: str, expected: str, got: Any) -> InvalidRequestError:
+    message = f"structured_outputs.{name} must be {expected}, got {show(got)}."
+    return InvalidRequestError(message, parameter="structured_outputs")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+@dataclass(slots=True)
+class StructuredOutputsParams:
+    """What the output must look like: exactly one of the fields. Raises InvalidRequestError naming the field.
+
+    json           a JSON schema, as text, dict or bool; the output is a JSON document that it accepts
+    regex          the whole output matches it (anchors are tolerated; \\d and \\w are ASCII)
+    choice         the output is one of these strings
+    grammar        a context-free grammar: Lark, or GBNF/EBNF with a rule `root`
+    json_object    True: any JSON object
+
+    Limits are checked here; whether a schema, regex or grammar can be used at all is found by
+    structured_output/, before the request is queued.
+    """
+
+    json: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        names = ("json", "regex", "choice", "grammar", "json_object")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequestError(
+                f"structured_outputs must have exactly one of {', '.join(names)}, got {', '.join(given) or 'none'}.",
+                parameter="structured_outputs",
+            )
+        if self.json is not None:
+            _check_schema(self.schema())
+        elif self.regex is not None:
+            _text_bytes("regex", self.regex, MAX_REGEX_BYTES)
+            if "\0" in self.regex:
+                raise _refuse_grammar("regex", "without NUL characters", self.regex)
+        elif self.choice is not None:
+            self._check_choice()
+        elif self.grammar is not None:
+            _text_bytes("grammar", self.grammar, MAX_GRAMMAR_BYTES)
+        elif self.json_object is not True:
+            raise _refuse_grammar("json_object", "True or absent", self.json_object)
+
+    @property
+    def kind(self) -> str:
+        """Name of the field that is set."""
+        return next(name for name in self.__slots__ if getattr(self, name) is not None)
+
+    def schema(self) -> dict[str, Any] | bool:
+        """The JSON schema as an object, whatever form it was given in."""
+        text = self.json
+        if not isinstance(text, str):
+            try:
+                text = json.dumps(text, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise _refuse_grammar("json", f"made of JSON values ({error})", self.json) from None
+        _text_bytes("json", text, MAX_GRAMMAR_BYTES)
+        try:
+            schema = json.loads(text, parse_constant=_no_constant)
+        except RecursionError:
+            raise _refuse_grammar("json", f"nested at most {MAX_SCHEMA_DEPTH} deep", text) from None
+        except ValueError as error:
+            raise _refuse_grammar("json", f"a JSON schema ({error})", text) from None
+        if not isinstance(schema, dict | bool):
+            raise _refuse_grammar("json", "a JSON schema: an object or a boolean", schema)
+        return schema
+
+    def _check_choice(self) -> None:
+        choice = self.choice
+        if not isinstance(choice, list | tuple) or not 1 <= len(choice) <= MAX_ENUM_VALUES:
+            raise _refuse_grammar("choice", f"a list of 1 to {MAX_ENUM_VALUES} strings", choice)
+        for item in choice:
+            if not isinstance(item, str):
+                raise _refuse_grammar("choice", "made of strings", item)
+        _text_bytes("choice", "\n".join(["", *choice]), MAX_GRAMMAR_BYTES)
+        self.choice = list(choice)
+
+
+def _check_schema(schema: dict[str, Any] | bool) -> None:
+    """Depth, length of enums, local references."""
+    for value, depth in _containers(schema):
+        if depth > MAX_SCHEMA_DEPTH:
+            raise _refuse_grammar("json", f"nested at most {MAX_SCHEMA_DEPTH} deep", schema)
+        if not isinstance(value, dict):
+            continue
+        enum, reference = value.get("enum"), value.get("$ref")
+        if isinstance(enum, list) and len(enum) > MAX_ENUM_VALUES:
+            raise _refuse_grammar("json", f"without enums of more than {MAX_ENUM_VALUES} values", enum)
+        if isinstance(reference, str) and not reference.startswith("#"):
+            raise _refuse_grammar("json", "without references to other documents ($ref must start with #)", reference)
+
+
+def _containers(schema: Any) -> Iterator[tuple[Any, int]]:
+    """Every object and array with its depth; 1 is the whole."""
+    waiting = [(schema, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        if children is not None:
+            yield value, depth
+            waiting.extend((child, depth + 1) for child in children)
+
+
 @dataclass(slots=True)
 class SamplingParams:
     """How to turn logits into tokens and when to stop. Raises InvalidRequestError naming the bad field.
@@ -92,6 +222,8 @@ class SamplingParams:
     logprobs           None, or the number of alternatives beside the sampled token (0..20)
     prompt_logprobs    None, or the same for each prompt token; the prefix cache is then not read
     logit_bias         {token id: added to its logit}, clamped to [-100, 100]
+    structured_outputs    what the output must look like; None = free text. It ends with eos also with ignore_eos,
+                       and before min_tokens when nothing else may follow
     """
 
     n: int = 1
@@ -118,6 +250,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = field(default_factory=list)
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._check_counts()
@@ -125,6 +258,8 @@ class SamplingParams:
         self._check_stops()
         self._check_token_fields()
         _flags(self, "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise _refuse("structured_outputs", "StructuredOutputsParams", self.structured_outputs)
 
     def _check_counts(self) -> None:
         _integer("n", self.n, 1, MAX_SEQUENCES, f"an integer in [1, {MAX_SEQUENCES}]")

@@ -339,6 +339,7 @@ DOCUMENTED = {
     "stop_token_ids": lambda v: v is None or are_ids(v, 128),
     "allowed_token_ids": lambda v: v is None or (are_ids(v, math.inf) and len(v) > 0),
     "logit_bias": lambda v: v is None or is_bias(v),
+    "structured_outputs": lambda v: v is None,  # a StructuredOutputsParams is tested in tests/structured_output
 } | dict.fromkeys(FLAGS, lambda v: isinstance(v, bool))
 
 ATOMS = st.one_of(

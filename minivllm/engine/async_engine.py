@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,12 +32,22 @@ class RequestStream:
     """The answer of one request, as an iterator of cumulative outputs; the last one has finished=True.
 
     close() (or leaving a `with` block) gives the request up: its blocks are free after the running step.
+
+    Args:
+        core_request: what was queued.
+        changed: notified with every output; several streams may share one, to be waited for together.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None]):
-        self.request_id = request_id
+    def __init__(
+        self,
+        core_request: EngineCoreRequest,
+        cancel: Callable[[str], None],
+        changed: threading.Condition | None = None,
+    ):
+        self.core_request = core_request
+        self.request_id = core_request.request_id
         self._cancel = cancel
-        self._changed = threading.Condition()
+        self._changed = changed or threading.Condition()
         self._latest: AnyOutput | None = None
         self._error: Exception | None = None
         self._done = False
@@ -59,13 +70,18 @@ class RequestStream:
             self._done = True
             self._changed.notify_all()
 
+    @property
+    def has_news(self) -> bool:
+        """next() would not wait."""
+        return self._latest is not None or self._done
+
     def next(self, timeout_seconds: float | None = None) -> AnyOutput | None:
         """The newest output that was not yet handed out; None after the last one.
 
         Raises TimeoutError when nothing came in time, EngineDeadError when the engine ended.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._latest is not None or self._done, timeout_seconds):
+            if not self._changed.wait_for(lambda: self.has_news, timeout_seconds):
                 raise TimeoutError(f"request {self.request_id} had no output for {timeout_seconds} s")
             output, self._latest = self._latest, None
             if output is None and self._error is not None:
@@ -92,16 +108,20 @@ class AsyncEngine:
 
     Args:
         max_queue: requests that may be unfinished beyond those that can run; more raise OverloadedError.
+
+    Attributes:
+        max_requests: unfinished ones, running or not.
     """
 
     def __init__(self, engine: LLMEngine, max_queue: int = 256):
         self.engine = engine
-        self._max_requests = engine.config.scheduler.max_num_seqs + max_queue
+        self.max_requests = engine.config.scheduler.max_num_seqs + max_queue
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._streams: dict[str, RequestStream] = {}
         self._death: str | None = None  # why the thread has ended
         self._stopping = False
+        self._progress_time = time.monotonic()  # when the thread last came round, or got work after a rest
         self._thread = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
         self._thread.start()
 
@@ -113,31 +133,40 @@ class AsyncEngine:
     def num_unfinished_requests(self) -> int:
         return len(self._streams)
 
+    @property
+    def seconds_without_progress(self) -> float:
+        """How long there has been work and no step has ended; 0 at rest."""
+        return time.monotonic() - self._progress_time if self._streams else 0.0
+
     def submit(
         self,
         prompt: PromptType,
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        changed: threading.Condition | None = None,
         **options: Any,  # priority, cache_salt; embed=True for an embedding
     ) -> RequestStream:
         """Queue a request. Raises ClientError for a bad one, OverloadedError when the queue is full."""
-        self._check_room()  # before the prompt is tokenised
+        self.check_room()  # before the prompt is tokenised
         core_request = self.engine.process_input(prompt, sampling_params, request_id=request_id, **options)
-        stream = RequestStream(core_request.request_id, self.abort)
+        stream = RequestStream(core_request, self.abort, changed)
         with self._lock:
             if self._death is not None or self._stopping:
                 raise EngineDeadError(self._death or "the engine is shutting down")
-            self._check_room()  # others may have come in meanwhile
+            self.check_room()  # others may have come in meanwhile
             if stream.request_id in self._streams:
                 raise InvalidRequestError(f"request_id {stream.request_id!r} is in use", parameter="request_id")
+            if not self._streams:
+                self._progress_time = time.monotonic()
             self._streams[stream.request_id] = stream
         self._inbox.put(lambda: self._add_now(core_request, stream))
         return stream
 
-    def _check_room(self) -> None:
-        if len(self._streams) >= self._max_requests:
-            raise OverloadedError(f"{len(self._streams)} requests are in flight, at most {self._max_requests} may be")
+    def check_room(self) -> None:
+        """Raise OverloadedError when the queue is full."""
+        if len(self._streams) >= self.max_requests:
+            raise OverloadedError(f"{len(self._streams)} requests are in flight, at most {self.max_requests} may be")
 
     def abort(self, request_id: str) -> None:
         """Give a request up, wherever it is."""
@@ -161,6 +190,7 @@ class AsyncEngine:
             while self._take_messages():
                 for output in self.engine.step():
                     self._deliver(output)
+                self._progress_time = time.monotonic()
             for request_id in list(self._streams):
                 self.engine.abort_request(request_id)
             self._end("the engine was shut down")

@@ -25,6 +25,7 @@ from typing import Any
 from minivllm.engine.tokenizer import TemplateTraits, Tokenizer
 from minivllm.errors import ConfigError, ContextLengthError, InvalidRequestError
 from minivllm.sampling_params import SamplingParams
+from minivllm.structured_output.grammar import CompiledGrammar
 
 MAX_BAD_WORDS_TOKENS = 1024  # all bad words together
 MAX_CACHE_SALT_CHARS = 128
@@ -66,6 +67,7 @@ class EngineCoreRequest:
     arrival_time: float = 0.0  # seconds, of the engine's clock
     max_tokens: int = 0  # output limit: what was asked for, or the room that the prompt leaves
     max_tokens_clamped: bool = False  # more was asked for than there is room
+    grammar: CompiledGrammar | None = None  # of sampling_params.structured_outputs; set by llm_engine.py
 
 
 class InputProcessor:

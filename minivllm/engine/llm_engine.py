@@ -2,7 +2,8 @@
 
     add_request ──▶ input_processor ──▶ scheduler.add_request
     step        ──▶ scheduler.schedule ──▶ executor.execute_model ──▶ scheduler.update_from_output
-                                                        └──▶ output_processor ──▶ [RequestOutput]
+                                                        │         └──▶ output_processor ──▶ [RequestOutput]
+    grammars    ── bitmask rows ────────────────────────┘  and the drawn tokens back to them
 
 Single-threaded: async_engine.py gives it a thread, llm.py a loop. Knows no HTTP.
 Twin in vLLM: vllm/v1/engine/llm_engine.py and core.py.
@@ -28,8 +29,16 @@ from minivllm.errors import ConfigError, InvalidRequestError
 from minivllm.hub import ModelSource, resolve_model
 from minivllm.models import loader, registry
 from minivllm.models.linear import ModelOptions
-from minivllm.outputs import Decision, EmbeddingRequestOutput, EngineCoreOutput, RequestOutput, SchedulerOutput
+from minivllm.outputs import (
+    Decision,
+    EmbeddingRequestOutput,
+    EngineCoreOutput,
+    ModelRunnerOutput,
+    RequestOutput,
+    SchedulerOutput,
+)
 from minivllm.sampling_params import SamplingParams
+from minivllm.structured_output.manager import StructuredOutputManager
 from minivllm.worker.executor import Executor
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
 
@@ -69,6 +78,9 @@ class LLMEngine:
             seed=config.seed,
         )
         self.output_processor = OutputProcessor(tokenizer)
+        self.structured_output = StructuredOutputManager(
+            tokenizer.backend if tokenizer is not None else None, config.model.vocab_size, self.eos_token_ids
+        )
         self.last_step: SchedulerOutput | None = None  # for the trace and the state endpoint
         self._executor = executor
         self._request_numbers = itertools.count(1)  # next() of it is safe in every thread
@@ -94,12 +106,17 @@ class LLMEngine:
             return self.input_processor.process_pooling(request_id, prompt, **options)
         if self.config.model.is_pooling:
             raise InvalidRequestError(f"{self.config.model.name} is an embedding model and generates no text.")
-        return self.input_processor.process(request_id, prompt, sampling_params, **options)
+        request = self.input_processor.process(request_id, prompt, sampling_params, **options)
+        if request.sampling_params is not None and request.sampling_params.structured_outputs is not None:
+            request.grammar = self.structured_output.compile(request.sampling_params.structured_outputs)
+        return request
 
     def add_processed(self, request: EngineCoreRequest) -> None:
         """Queue a checked request: one sequence per candidate (n, best_of)."""
         for child in self.output_processor.add_request(request):
             self.scheduler.add_request(self._to_core(child))
+            if child.grammar is not None:
+                self.structured_output.add_request(child.request_id, child.grammar)
 
     def add_request(self, prompt: PromptType, sampling_params: SamplingParams | None = None, **options: Any) -> str:
         """process_input and add_processed in one call; returns the request id."""
@@ -112,6 +129,7 @@ class LLMEngine:
         child_ids, output = self.output_processor.abort_request(request_id)
         for child_id in child_ids:
             self.scheduler.finish_request(child_id)
+            self.structured_output.remove_request(child_id)
         return [output] if output is not None else []
 
     def has_unfinished_requests(self) -> bool:
@@ -145,18 +163,70 @@ class LLMEngine:
             return []
         step = self.last_step = self.scheduler.schedule()
         try:
-            result = self._executor.execute_model(step)
+            result = self._execute(step)
         except Exception as error:
             logger.exception("step %d failed", step.step)
             outputs = self.scheduler.fail_step(step, f"the step failed: {type(error).__name__}: {error}")
         else:
             outputs = self.scheduler.update_from_output(step, result)
+            outputs += [end for output in outputs if (end := self._follow_grammar(output)) is not None]
         return self._process_outputs(outputs)
+
+    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Run the model; bitmask rows are made for the requests with a grammar that draw a token in this step."""
+        drawing = []
+        if len(self.structured_output):
+            for request_id, num_tokens in step.num_scheduled_tokens.items():
+                request = self.scheduler.requests[request_id]
+                is_last = request.num_computed_tokens + num_tokens == request.num_tokens
+                if is_last and request_id in self.structured_output:
+                    drawing.append(request_id)
+        if not drawing:
+            return self._executor.execute_model(step)
+        return self._executor.execute_model(step, lambda: self.structured_output.bitmasks(drawing))
+
+    def _follow_grammar(self, output: EngineCoreOutput) -> EngineCoreOutput | None:
+        """Tell a request's grammar what was drawn. Returns one more output for a request that ends without eos."""
+        grammars, request_id = self.structured_output, output.request_id
+        if request_id not in grammars:
+            return None
+        num_accepted = grammars.accept_tokens(request_id, output.new_token_ids)
+        error = grammars.error(request_id)
+        if error is None and num_accepted < len(output.new_token_ids):
+            error = f"token {output.new_token_ids[num_accepted]} was drawn, which the grammar refuses"
+        if error is not None:
+            self.scheduler.finish_request(request_id, FinishReason.ERROR)
+            output.new_token_ids = output.new_token_ids[:num_accepted]
+            output.logprobs = output.logprobs and output.logprobs[:num_accepted]
+            output.finish_reason, output.error = "error", f"structured_outputs cannot go on: {error}."
+        elif output.finish_reason is not None:
+            return None
+        elif grammars.is_terminated(request_id):  # eos with ignore_eos: nothing could follow it
+            self.scheduler.finish_request(request_id, FinishReason.STOP)
+            output.finish_reason = "stop"
+        elif grammars.is_complete(request_id) and not self._may_draw_eos(request_id):
+            self.scheduler.finish_request(request_id, FinishReason.STOP)
+            return EngineCoreOutput(
+                request_id, [], finish_reason="stop", num_cached_tokens=output.num_cached_tokens
+            )  # by itself: the token before it is text, not eos
+        return None
+
+    def _may_draw_eos(self, request_id: str) -> bool:
+        """False while min_tokens or allowed_token_ids forbid it, or where there is none."""
+        request = self.scheduler.requests[request_id]
+        params = request.sampling_params
+        allowed = None if params is None else params.allowed_token_ids
+        eos_token_ids = self.eos_token_ids if allowed is None else self.eos_token_ids.intersection(allowed)
+        return bool(eos_token_ids) and request.num_output_tokens >= request.min_tokens
 
     def _process_outputs(self, outputs: list[EngineCoreOutput]) -> list[AnyOutput]:
         processed = self.output_processor.process_outputs(outputs)
         for request_id in processed.stopped_request_ids:  # a stop string: only here is there text to find it in
             self.scheduler.finish_request(request_id, FinishReason.STOP)
+            self.structured_output.remove_request(request_id)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.structured_output.remove_request(output.request_id)
         return processed.request_outputs
 
     # ------------------------------------------------------------------ text

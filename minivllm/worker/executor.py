@@ -21,7 +21,7 @@ from minivllm.models.layers import KVCacheSpec
 from minivllm.models.linear import weight_bytes
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput
 from minivllm.worker.kv_cache import KVCachePlan, allocate_kv_caches
-from minivllm.worker.model_runner import ModelRunner
+from minivllm.worker.model_runner import GrammarBitmask, ModelRunner
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -87,7 +87,8 @@ class Executor:
             poison=self.poison,
         )
 
-    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
+    def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:
+        """One step; grammar_bitmask is called when the forward is on its way."""
         if self._runner is None:
             raise ConfigError("initialize_kv_cache comes before the first step")
-        return self._runner.execute_model(step)
+        return self._runner.execute_model(step, grammar_bitmask)

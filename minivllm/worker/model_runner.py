@@ -4,8 +4,9 @@
     2 InputBatch          flat tensors
     3 forward             hidden states of every scheduled token
     4 prompt logprobs     for those who asked
-    5 logits, sampler     only for requests whose last token was computed
-    6 pooling             for embedding requests
+    5 grammar bitmask     asked for by a call, only now: nobody needs it before
+    6 logits, sampler     only for requests whose last token was computed
+    7 pooling             for embedding requests
 
 Knows no queue, no text and no client. Called by executor.py. Twin in vLLM: vllm/v1/worker/gpu_model_runner.py.
 """
@@ -13,9 +14,10 @@ Knows no queue, no text and no client. Called by executor.py. Twin in vLLM: vllm
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
@@ -25,6 +27,10 @@ from minivllm.sample.sampler import sample
 from minivllm.worker import pooling
 from minivllm.worker.input_batch import InputBatch, RequestState
 from minivllm.worker.kv_cache import KVCache, poison_blocks
+
+# {request id: [ceil(vocab_size / 32)] int32} of the requests that have a grammar. It may be computed while the forward
+# runs; called in the same thread right after it, it costs its own time (about 0.1 ms for each row).
+GrammarBitmask = Callable[[], Mapping[str, np.ndarray]]
 
 PROMPT_LOGPROBS_ROWS = 64  # logits of this many prompt rows at a time: 64 x 152k vocabulary is 39 MB
 
@@ -53,8 +59,11 @@ class ModelRunner:
         self.states: dict[str, RequestState] = {}
 
     @torch.inference_mode()
-    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Compute one step. Raises what the model raises; the states are then those of before the forward."""
+    def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:
+        """Compute one step. Raises what the model raises; the states are then those of before the forward.
+
+        grammar_bitmask: which tokens may be drawn, for the requests of this step that have a grammar.
+        """
         self._update_states(step)
         result = ModelRunnerOutput({}, {}, {}, {})
         if not step.num_scheduled_tokens:
@@ -73,7 +82,7 @@ class ModelRunner:
             if state.row is None:
                 self._pool(state, rows, result)
         if batch.sampling_states:
-            self._sample(batch, hidden_states, result)
+            self._sample(batch, hidden_states, result, grammar_bitmask)
         return result
 
     def _update_states(self, step: SchedulerOutput) -> None:
@@ -104,11 +113,13 @@ class ModelRunner:
         batch: InputBatch,
         hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
         result: ModelRunnerOutput,
+        grammar_bitmask: GrammarBitmask | None,
     ) -> None:
         """Draw one token for each request whose tokens are now all computed."""
         logits = self.model.compute_logits(hidden_states[batch.logits_indices])  # [num_logits, vocab_size] fp32
         metadata = SamplingMetadata.from_requests(
-            [state.row for state in batch.sampling_states if state.row is not None]
+            [state.row for state in batch.sampling_states if state.row is not None],
+            None if grammar_bitmask is None else self._bitmask_rows(batch, grammar_bitmask()),
         )
         drawn = sample(logits, metadata)
         for index, state in enumerate(batch.sampling_states):
@@ -121,6 +132,16 @@ class ModelRunner:
             logprobs = drawn.logprobs[index]
             if logprobs is not None:
                 result.logprobs[state.request_id] = [logprobs]
+
+    def _bitmask_rows(
+        self, batch: InputBatch, rows: Mapping[str, np.ndarray]
+    ) -> torch.Tensor:  # [num_logits, ceil(vocab_size / 32)] int32
+        """The rows in the order of the logits; all ones for a request without a grammar."""
+        bitmask = np.full((len(batch.sampling_states), -(-self.model.vocab_size // 32)), -1, dtype=np.int32)
+        for index, state in enumerate(batch.sampling_states):
+            if state.request_id in rows:
+                bitmask[index] = rows[state.request_id]
+        return torch.from_numpy(bitmask)
 
     def _prompt_logprobs(
         self,

@@ -26,7 +26,7 @@ WITHIN_ITS_ROW = frozenset({"cli"})
 
 HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "flask": ("minivllm/entrypoints/*",),
+        **dict.fromkeys(("flask", "werkzeug", "waitress", "pydantic"), ("minivllm/entrypoints/*",)),
         "triton": ("kernels/ops/*/kernel.py",),
         "llguidance": ("minivllm/structured_output/*",),
         "transformers": (

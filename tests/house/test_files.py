@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETUP = (ROOT / "setup.cfg").read_text(encoding="utf-8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 # Packages that come with a requirement of ours because that one cannot run without them.
-COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "jinja2": "torch"}
+COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "jinja2": "torch", "werkzeug": "flask"}
 
 
 # ------------------------------------------------------------------ the README's commands
