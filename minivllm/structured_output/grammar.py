@@ -31,7 +31,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from minivllm.errors import InvalidRequestError
 from minivllm.sampling_params import StructuredOutputsParams
-from minivllm.structured_output.schema import prepare_schema
+from minivllm.structured_output.schema import MAX_MET_PATTERNS, prepare_schema
 
 ITEM_SEPARATOR, KEY_SEPARATOR = ", ?", ": ?"  # regular expressions
 MAX_LEXER_STATES = 16_384  # about 4 MB for each running request at the worst
@@ -109,7 +109,12 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     if params.choice is not None:
         alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice)
         return matcher.grammar_from_lark(f"start: {alternatives}")
-    return matcher.grammar_from_lark(any_to_lark(params.grammar or ""))
+    grammar = params.grammar or ""
+    if "%json" in grammar:  # it would go round the limits of schema.py
+        raise _bad_grammar(params.kind, "%json is not taken here: use structured_outputs.json")
+    if grammar.count("&") > MAX_MET_PATTERNS:  # also in strings: a small price
+        raise _bad_grammar(params.kind, f"it has more than {MAX_MET_PATTERNS} times &")
+    return matcher.grammar_from_lark(any_to_lark(grammar))
 
 
 class CompiledGrammar:

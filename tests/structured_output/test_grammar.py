@@ -202,6 +202,8 @@ def test_a_grammar_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatc
         ({"regex": "("}, "unclosed group"),
         ({"regex": "(?=a)b"}, "look-around"),
         ({"regex": r"a\b"}, "lookarounds not supported"),
+        ({"grammar": 'start: %json {"multipleOf": 1000003}'}, "%json is not taken here"),
+        ({"grammar": "start: X\nX: " + " & ".join(["/.*a{3}b/"] * 30)}, "more than 8 times &"),
         ({"grammar": "start: a"}, 'unknown name: "a"'),
         ({"grammar": "%%%"}, "Expected name"),
         ({"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}, "recursion"),
