@@ -60,7 +60,7 @@ def test_a_limit_is_named_when_it_is_passed(within: dict[str, Any], beyond: dict
         {"json": 7},
         {"json": {"a": float("nan")}},
         {"json": '{"a": Infinity}'},
-        {"json": {"a": object()}},
+        {"json": {"a": object}},
         {"json": "[" * 60_000},
         {"json": '{"a": ' + "1" * 5000 + "}"},
         {"json": "\ud800"},
