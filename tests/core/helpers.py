@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+import minivllm.core
 from minivllm.config import CacheConfig, SchedulerConfig
 from minivllm.core.block_pool import KVCacheBlock
 from minivllm.core.request import Request
@@ -15,6 +16,7 @@ from minivllm.core.scheduler import Scheduler
 from minivllm.outputs import Decision, EngineCoreOutput, ModelRunnerOutput, SchedulerOutput
 from minivllm.sampling_params import SamplingParams
 
+CORE_FOLDER = minivllm.core.__path__[0]
 EOS = 2
 DRAWN = 7  # what the runner of these tests draws unless told otherwise
 
@@ -86,12 +88,15 @@ def decision(step: SchedulerOutput, request_id: str) -> Decision:
 
 # ------------------------------------------------------------------ work, counted and not timed
 def lines_executed(call: Callable[[], object]) -> int:
-    """How many lines of Python a call runs: the same on every machine, however busy. A loop inside C counts once."""
+    """How many lines of core a call runs: the same on every machine, however busy. A loop inside C counts once.
+
+    Other people's lines are not counted: the garbage collector may call back into Python at any moment.
+    """
     count = 0
 
-    def trace(_frame: FrameType, event: str, _argument: object) -> Callable[..., Any]:
+    def trace(frame: FrameType, event: str, _argument: object) -> Callable[..., Any]:
         nonlocal count
-        count += event == "line"
+        count += event == "line" and frame.f_code.co_filename.startswith(CORE_FOLDER)
         return trace
 
     before = sys.gettrace()
