@@ -321,7 +321,7 @@ def break_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
     def failing(step: Any) -> Any:
         if next(count) >= after:
-            raise RuntimeError("secret /work/path")
+            raise RuntimeError("secret /srv/path")
         return execute(step)
 
     monkeypatch.setattr(llm.llm_engine._executor, "execute_model", failing)
