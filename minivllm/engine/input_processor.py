@@ -143,7 +143,7 @@ class InputProcessor:
             )
         text, prompt_token_ids, own_salt = self._parse_prompt(prompt, add_special_tokens)
         self._check_length(len(prompt_token_ids), self.max_model_len - 1)
-        params = copy.copy(sampling_params) if sampling_params is not None else self.default_sampling_params()
+        params = _own_copy(sampling_params) if sampling_params is not None else self.default_sampling_params()
         max_tokens, clamped = self._resolve_max_tokens(len(prompt_token_ids), params)
         params.max_tokens = max_tokens
         self._check_sampling_params(params)
@@ -383,6 +383,16 @@ def check_fits_pool(num_prompt_tokens: int, max_tokens: int, num_blocks: int, bl
         "prompt, or give the server more cache memory.",
         parameter="max_tokens" if num_prompt_tokens < pool_tokens else "prompt",
     )
+
+
+def _own_copy(sampling_params: SamplingParams) -> SamplingParams:
+    """A copy, checked again: the caller may have changed a field since. `logprobs` is not checked a second time,
+    because beam search sets more of them than a caller may ask for."""
+    params = copy.copy(sampling_params)
+    params.logprobs = None
+    params.__post_init__()
+    params.logprobs = sampling_params.logprobs
+    return params
 
 
 def _check_unicode(text: str, parameter: str) -> None:

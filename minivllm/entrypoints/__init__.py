@@ -1,1 +1,1 @@
-"""What faces the outside beyond the Python API. Today: OpenAI batch files."""
+"""What faces the outside beyond the Python API. Today: the first part of the OpenAI API over HTTP, and batch files."""

@@ -1,6 +1,7 @@
 """From a caller's prompt and parameters to a checked request: every refusal names its parameter."""
 
 import copy
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -435,3 +436,13 @@ def test_bad_tools_are_refused(tools):
     with pytest.raises(InvalidRequestError) as caught:
         processor().render_chat(user("Hi"), tools=tools)
     assert caught.value.parameter == "tools"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n", 0), ("n", 1000), ("top_k", -5), ("temperature", math.nan), ("seed", "x"), ("stop", [""])]
+)
+def test_parameters_changed_after_they_were_checked_are_checked_again(field, value):
+    """n = 0 made generate wait for ever, and a bad top_k failed the other requests of its step."""
+    params = SamplingParams()
+    setattr(params, field, value)
+    refused(field, params=params)

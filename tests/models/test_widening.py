@@ -92,5 +92,10 @@ def test_nothing_is_widened_where_bfloat16_is_as_fast(monkeypatch: pytest.Monkey
     assert Widening().prepare(pack(plain), plain) is None
 
 
-def test_the_measurement_gives_an_answer():
-    assert Widening().pays in (True, False)
+@pytest.mark.parametrize(("bfloat16_seconds", "pays"), [(0.5, False), (1.25, False), (1.35, True), (2.0, True)])
+def test_widening_pays_where_a_bfloat16_product_takes_clearly_longer(
+    bfloat16_seconds: float, pays: bool, monkeypatch: pytest.MonkeyPatch
+):
+    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
+    monkeypatch.setattr("minivllm.models.widening._seconds_of_a_product", seconds.__getitem__)
+    assert Widening().pays is pays
