@@ -15,6 +15,16 @@ from minivllm.entrypoints.answers import Envelope, json_response
 from minivllm.entrypoints.generation import IsGone, Usage, clamped_header, collect, start_job
 from minivllm.entrypoints.protocol import ChatRequest
 from minivllm.entrypoints.service import Service
+from minivllm.entrypoints.turn import (
+    ContentDelta,
+    Delta,
+    Message,
+    MessageReader,
+    ReasoningDelta,
+    Turn,
+    begin_turn,
+    read_message,
+)
 from minivllm.errors import InvalidRequestError
 from minivllm.outputs import CompletionOutput, RequestOutput
 
@@ -23,7 +33,8 @@ def create_chat_completion(service: Service, body: ChatRequest, is_gone: IsGone)
     """Raises ClientError, ServerError before anything is sent."""
     sse.check_stream_options(body.stream, body.stream_options)
     num_top = _num_top_logprobs(body)
-    prompt = service.engine.engine.render_chat(
+    turn = begin_turn(
+        service,
         body.messages,
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt is not False,
@@ -32,9 +43,10 @@ def create_chat_completion(service: Service, body: ChatRequest, is_gone: IsGone)
         chat_template_kwargs=body.chat_template_kwargs,
     )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    job = start_job(service, body, [prompt], "messages", is_gone, max_tokens=max_tokens, logprobs=num_top)
+    wanted = {**turn.sampling_fields, "max_tokens": max_tokens, "logprobs": num_top}
+    job = start_job(service, body, [turn.prompt], "messages", is_gone, **wanted)
     headers = clamped_header(job, body)
-    writer = ChatWriter(service, body, job.requests[0].prompt_token_ids, num_top or 0)
+    writer = ChatWriter(service, body, turn, job.requests[0].prompt_token_ids, num_top or 0)
     if body.stream:
         return sse.stream_response(job, writer, body.stream_options, headers)
     usage = Usage(job, dict(enumerate(collect(job))))
@@ -53,13 +65,17 @@ def _num_top_logprobs(body: ChatRequest) -> int | None:
 class ChatWriter:
     """Turns outputs into chat bodies and chunks."""
 
-    def __init__(self, service: Service, body: ChatRequest, prompt_token_ids: list[int], num_top_logprobs: int):
+    def __init__(
+        self, service: Service, body: ChatRequest, turn: Turn, prompt_token_ids: list[int], num_top_logprobs: int
+    ):
         self._tokenizer = service.engine.engine.tokenizer
         self._envelope = Envelope(service, "chatcmpl")
         self._prompt_token_ids = prompt_token_ids if body.return_token_ids else None
         self._with_token_ids = bool(body.return_token_ids)
         self._num_choices = body.n or 1
         self._num_top_logprobs = num_top_logprobs
+        self._new_reader = turn.new_reader
+        self._readers: defaultdict[int, MessageReader] = defaultdict(turn.new_reader)  # of choices that stream
         self._cursors: defaultdict[int, sse.Cursor] = defaultdict(sse.Cursor)
 
     # ------------------------------------------------------------------ whole
@@ -77,12 +93,13 @@ class ChatWriter:
         }
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        message = {"role": "assistant", "content": completion.text, "refusal": None, "annotations": None}
+        reader = self._new_reader()
+        message = read_message(reader, completion.text)
         return {
             "index": completion.index,
-            "message": {**message, "audio": None, "function_call": None, "reasoning": None},
+            "message": _message_body(message),
             "logprobs": self._logprobs(completion),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": finish_reason(reader, completion),
             "stop_reason": completion.stop_reason,
             "token_ids": completion.token_ids if self._with_token_ids else None,
         }
@@ -106,24 +123,65 @@ class ChatWriter:
         ]
 
     def choices(self, prompt_index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        """New text, with the reason where it ends. A step that brought none is silent, unless its tokens are wanted."""
+        """What is new, with the reason where it ends. A step without text is silent, unless its tokens count."""
         found = []
         for completion in output.outputs:
             news = self._cursors[completion.index].advance(completion)
-            if news is None:
-                continue
-            silent = not news.text and news.logprobs is None and not self._with_token_ids
-            if silent and news.finish_reason is None:
-                continue
-            choice = {
-                "index": news.index,
-                "delta": {"content": news.text} if news.text or news.finish_reason is None else {},
-                "logprobs": self._logprobs(news),
-                "finish_reason": news.finish_reason,
-            }
-            if news.finish_reason is not None:
-                choice["stop_reason"] = news.stop_reason
-            if self._with_token_ids:
-                choice["token_ids"] = news.token_ids
-            found.append(choice)
+            if news is not None:
+                found += self._chunk_choices(news)
         return found
+
+    def _chunk_choices(self, news: CompletionOutput) -> list[dict[str, Any]]:
+        """One choice for each thing that the new text says; logprobs, tokens and the end go with the last one."""
+        is_last = news.finish_reason is not None
+        reader = self._readers[news.index]
+        deltas = [_delta_body(delta) for delta in reader.advance(news.text, is_last)]
+        if not deltas:
+            if not is_last and news.logprobs is None and not self._with_token_ids:
+                return []
+            deltas = [{} if is_last else {"content": ""}]
+        choices: list[dict[str, Any]]
+        choices = [{"index": news.index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        choices[-1]["logprobs"] = self._logprobs(news)
+        if is_last:
+            choices[-1]["finish_reason"] = finish_reason(reader, news)
+            choices[-1]["stop_reason"] = news.stop_reason
+        if self._with_token_ids:
+            choices[-1]["token_ids"] = news.token_ids
+        return choices
+
+
+# ------------------------------------------------------------------ shapes
+def finish_reason(reader: MessageReader, completion: CompletionOutput) -> str | None:
+    """The engine's, unless the reader knows better why the answer stopped."""
+    if completion.finish_reason == "stop" and reader.finish_reason is not None:
+        return reader.finish_reason
+    return completion.finish_reason
+
+
+def _message_body(message: Message) -> dict[str, Any]:
+    body: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None, "annotations": None}
+    body |= {"audio": None, "function_call": None, "reasoning": message.reasoning or None}
+    if message.reasoning:
+        body["reasoning_content"] = message.reasoning  # the older name
+    if message.tool_calls:
+        body["content"] = message.content or None
+        body["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return body
+
+
+def _delta_body(delta: Delta) -> dict[str, Any]:
+    if isinstance(delta, ContentDelta):
+        return {"content": delta.text}
+    if isinstance(delta, ReasoningDelta):
+        return {"reasoning": delta.text, "reasoning_content": delta.text}
+    call: dict[str, Any] = {"index": delta.index}
+    if delta.id is not None:
+        call |= {"id": delta.id, "type": "function"}
+    function = (
+        {"arguments": delta.arguments} if delta.name is None else {"name": delta.name, "arguments": delta.arguments}
+    )
+    return {"tool_calls": [{**call, "function": function}]}
