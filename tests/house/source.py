@@ -85,6 +85,8 @@ def load(folder: str, package: str) -> list[Module]:
     """Every .py file below a folder of the repository."""
     modules = []
     for file in sorted((ROOT / folder).rglob("*.py")):
+        if "node_modules" in file.parts:  # Node's packages bring Python files too
+            continue
         parts = file.relative_to(ROOT / folder).with_suffix("").parts
         name = ".".join([package, *(part for part in parts if part != "__init__")])
         modules.append(Module(name, file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")))

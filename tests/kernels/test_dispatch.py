@@ -1,5 +1,7 @@
 """choose(): names and devices."""
 
+import os
+
 import pytest
 import torch
 
@@ -24,6 +26,18 @@ def test_a_name_is_taken_at_its_word():
 def test_an_unknown_name_is_refused_with_the_known_ones(impl: str):
     with pytest.raises(ValueError, match=rf"^impl: expected one of {', '.join(IMPLS)}, got '{impl.replace('?', '.')}'"):
         choose(impl, ON_CPU)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there triton does run on a CPU")
+def test_triton_needs_a_gpu_or_its_interpreter():
+    with pytest.raises(ValueError, match="impl: 'triton' needs a GPU, or TRITON_INTERPRET=1 set before Python starts"):
+        choose("triton", ON_CPU)
+
+
+def test_triton_refuses_float64_on_any_device():
+    with pytest.raises(ValueError, match="impl: 'triton' computes in float32, got float64 tensors; use 'reference'"):
+        choose("triton", ELSEWHERE.double())
+    assert choose("triton", ELSEWHERE) == "triton"
 
 
 def test_the_cpu_path_refuses_a_tensor_that_lives_elsewhere():

@@ -11,6 +11,8 @@ A slot is read only if it holds a position below its request's seq_len: unused s
 Called by models/layers.py. Twin in vLLM: v1/attention/backends and ops/triton_unified_attention.py.
 """
 
+from types import ModuleType
+
 import torch
 
 from minivllm.kernels.dispatch import choose
@@ -39,12 +41,10 @@ def paged_attention(
     on every call (about 2 microseconds); metadata once per step, on the call that finds `metadata.plan` empty.
     """
     _check_tensors(query, k_cache, v_cache, metadata)
-    chosen = choose(impl, query)
     if metadata.plan is None:
         _check_options(query, metadata, sliding_window, soft_cap, alibi_slopes)
         validate_metadata(metadata, num_blocks=k_cache.shape[1])
-    run = cpu.paged_attention if chosen == "cpu" else reference.paged_attention
-    return run(
+    return _implementation(impl, query).paged_attention(
         query,
         k_cache,
         v_cache,
@@ -130,3 +130,12 @@ def _check_options(
         raise ValueError(f"soft_cap: expected a positive number or None, got {soft_cap}")
     if alibi_slopes is not None and alibi_slopes.shape != (query.shape[1],):
         raise ValueError(f"alibi_slopes: expected [{query.shape[1]}], got {list(alibi_slopes.shape)}")
+
+
+def _implementation(impl: str, query: torch.Tensor) -> ModuleType:  # [num_tokens, num_heads, head_size]
+    chosen = choose(impl, query)
+    if chosen == "triton":
+        from minivllm.kernels.paged_attention import kernel  # only here: triton is not everywhere
+
+        return kernel
+    return cpu if chosen == "cpu" else reference

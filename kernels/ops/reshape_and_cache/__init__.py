@@ -7,6 +7,8 @@ slots keep their content. Called by models/layers.py before attention, so that a
 Twin in vLLM: csrc/cache_kernels.cu (reshape_and_cache) and v1/attention/ops/triton_reshape_and_cache_flash.py.
 """
 
+from types import ModuleType
+
 import torch
 
 from minivllm.kernels.dispatch import choose
@@ -27,7 +29,7 @@ def reshape_and_cache(
     """Changes k_cache and v_cache in place.
 
     Raises ValueError naming both sides where shapes or dtypes do not fit, or where a slot lies outside the cache: no
-    such slot is ever written.
+    such slot is ever written. On a GPU it is skipped without a word: to find it would be to wait for the device.
     """
     num_kv_heads, _, _, head_size = k_cache.shape
     if key.shape[1:] != (num_kv_heads, head_size) or value.shape != key.shape or v_cache.shape != k_cache.shape:
@@ -41,6 +43,13 @@ def reshape_and_cache(
         )
     if key.dtype != k_cache.dtype or value.dtype != v_cache.dtype:
         raise ValueError(f"key, value: expected {k_cache.dtype} as the caches, got {key.dtype} and {value.dtype}")
-    run = cpu.write if choose(impl, key) == "cpu" else reference.write
-    run(key, k_cache, slot_mapping)
-    run(value, v_cache, slot_mapping)
+    _implementation(impl, key).write(key, value, k_cache, v_cache, slot_mapping)
+
+
+def _implementation(impl: str, x: torch.Tensor) -> ModuleType:  # [...]
+    chosen = choose(impl, x)
+    if chosen == "triton":
+        from minivllm.kernels.reshape_and_cache import kernel  # only here: triton is not everywhere
+
+        return kernel
+    return cpu if chosen == "cpu" else reference

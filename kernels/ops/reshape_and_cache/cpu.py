@@ -1,9 +1,24 @@
-"""reshape_and_cache as one indexed copy. Called by the package on CPU tensors."""
+"""reshape_and_cache as one indexed copy for the keys and one for the values. Called by the package on CPU tensors.
+
+Twin in vLLM: csrc/cpu/cache.cpp.
+"""
 
 import torch
 
 
 def write(
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    k_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    v_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    slot_mapping: torch.Tensor,  # [num_tokens] int64
+) -> None:
+    """See the package's docstring."""
+    _write(key, k_cache, slot_mapping)
+    _write(value, v_cache, slot_mapping)
+
+
+def _write(
     rows: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
     cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
     slot_mapping: torch.Tensor,  # [num_tokens] int64

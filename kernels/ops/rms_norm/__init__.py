@@ -7,6 +7,7 @@ All of `out` is computed in fp32 (fp64 for fp64) and rounded once. Each row depe
 Called by models/layers.py. Twin in vLLM: model_executor/layers/layernorm.py and csrc/layernorm_kernels.cu.
 """
 
+from types import ModuleType
 from typing import overload
 
 import torch
@@ -56,6 +57,14 @@ def rms_norm(
         raise ValueError(
             f"residual: expected {list(x.shape)} {x.dtype} as x, got {list(residual.shape)} {residual.dtype}"
         )
-    run = cpu.rms_norm if choose(impl, x) == "cpu" else reference.rms_norm
-    out, total = run(x, weight, eps, residual, add_one)
+    out, total = _implementation(impl, x).rms_norm(x, weight, eps, residual, add_one)
     return out if residual is None else (out, total)
+
+
+def _implementation(impl: str, x: torch.Tensor) -> ModuleType:  # [...]
+    chosen = choose(impl, x)
+    if chosen == "triton":
+        from minivllm.kernels.rms_norm import kernel  # only here: triton is not everywhere
+
+        return kernel
+    return cpu if chosen == "cpu" else reference

@@ -8,6 +8,8 @@ Called by models/layers.py, whose RotaryEmbedding makes the angles. Twin in vLLM
 rotary_embedding/ and csrc/pos_encoding_kernels.cu.
 """
 
+from types import ModuleType
+
 import torch
 
 from minivllm.kernels.dispatch import choose
@@ -36,5 +38,14 @@ def rotary_embedding(
             f"cos, sin: expected [{num_tokens}, {head_size}] as query {list(query.shape)}, "
             f"got {list(cos.shape)} and {list(sin.shape)}"
         )
-    run = cpu.rotate if choose(impl, query) == "cpu" else reference.rotate
-    return run(query, cos, sin), run(key, cos, sin)
+    rotate = _implementation(impl, query).rotate
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
+def _implementation(impl: str, x: torch.Tensor) -> ModuleType:  # [...]
+    chosen = choose(impl, x)
+    if chosen == "triton":
+        from minivllm.kernels.rotary_embedding import kernel  # only here: triton is not everywhere
+
+        return kernel
+    return cpu if chosen == "cpu" else reference

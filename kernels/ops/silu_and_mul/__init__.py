@@ -6,6 +6,8 @@ gate_proj and up_proj are one matrix product, so their outputs lie side by side.
 Called by models/layers.py. Twin in vLLM: model_executor/layers/activation.py and csrc/activation_kernels.cu.
 """
 
+from types import ModuleType
+
 import torch
 
 from minivllm.kernels.dispatch import choose
@@ -27,5 +29,13 @@ def silu_and_mul(
         raise ValueError(f"x: expected an even last dimension (gate and up side by side), got {list(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    run = cpu.silu_and_mul if choose(impl, x) == "cpu" else reference.silu_and_mul
-    return run(x, activation)
+    return _implementation(impl, x).silu_and_mul(x, activation)
+
+
+def _implementation(impl: str, x: torch.Tensor) -> ModuleType:  # [...]
+    chosen = choose(impl, x)
+    if chosen == "triton":
+        from minivllm.kernels.silu_and_mul import kernel  # only here: triton is not everywhere
+
+        return kernel
+    return cpu if chosen == "cpu" else reference
