@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata
-from minivllm.kernels.paged_attention.split import Launch, choose_launch, num_multiprocessors
+from minivllm.kernels.paged_attention.split import MAX_HEAD_SIZE, Launch, choose_launch, num_multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -234,6 +234,8 @@ def paged_attention(
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, num_blocks, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
+    if head_size > MAX_HEAD_SIZE:
+        raise ValueError(f"query: expected heads of at most {MAX_HEAD_SIZE} values, got {head_size}")
     launch = launch or choose_launch(
         num_tokens,
         metadata.num_reqs,
@@ -243,6 +245,7 @@ def paged_attention(
         head_size,
         multiprocessors=num_multiprocessors(query.device),
         batch_invariant=metadata.batch_invariant,
+        has_slopes=alibi_slopes is not None,
     )
     query = query if query.stride(2) == 1 else query.contiguous()
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -285,6 +288,7 @@ def paged_attention(
         BLOCK_D=block_d,
         TILE=launch.tile,
         num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )
     if has_splits:
         merge_kernel[(num_tokens * num_heads,)](

@@ -12,13 +12,25 @@ v1/attention/backends/triton_attn.py (where the choice is made).
 """
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
-MIN_SPLIT_LEN = 256  # keys
+MIN_SPLIT_LEN = 128  # keys: two tiles, so that one is loaded while the other is multiplied
 MAX_SPLITS = 64
 PROGRAMS_PER_MULTIPROCESSOR = 2
 MIN_BLOCK_M = 16  # rows of the smallest matrix product that tensor cores do
+PREFILL_BLOCK_M = 64
+
+# Head size up to -> (keys per tile, warps, stages). Each row compiles without spills on all targets of
+# `python -m minivllm.kernels.report`. A decode only waits for memory: long tiles, three of them loading. A prefill
+# multiplies: its 64 rows fill the registers, so tiles are shorter, and from 256 dimensions on eight warps share them.
+DECODE = MappingProxyType({64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)})
+PREFILL = MappingProxyType({64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 2)})
+FIXED = MappingProxyType(
+    {64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 2)}
+)  # batch-invariant: one for decode and prefill
+MAX_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,7 @@ class Launch:
     num_splits: int
     split_len: int
     num_warps: int
+    num_stages: int  # tiles of keys that are loaded ahead
 
 
 def choose_launch(
@@ -48,26 +61,27 @@ def choose_launch(
     *,
     multiprocessors: int,
     batch_invariant: bool = False,
+    has_slopes: bool = False,
 ) -> Launch:
     """The launch for one step."""
     is_decode = num_tokens == num_reqs
     block_m = max(MIN_BLOCK_M, next_power_of_2(group))
-    if not is_decode or batch_invariant:  # one tile for both, so that a decode's bits equal a prefill's
-        block_m = max(block_m, 16 if batch_invariant else 64)
+    if not is_decode and not batch_invariant:  # invariant rows have one tile in every step
+        block_m = max(block_m, PREFILL_BLOCK_M)
     block_q = block_m // group
-    # Decodes only wait for memory: a longer tile has more loads in flight. Beside 64 rows of 128 dimensions a tile of
-    # 64 keys does not fit into the registers of sm_80 (40 bytes per thread spilled).
-    wide = head_size > 128 if is_decode else head_size >= 128
-    tile = 32 if wide or batch_invariant else 64
-    num_tiles = num_tokens // block_q + num_reqs
-    split_len = -(-max_seq_len // tile) * tile
-    num_splits = 1
+    config = FIXED if batch_invariant else DECODE if is_decode else PREFILL
+    size = next(limit for limit in sorted(config) if head_size <= limit)
+    tile, num_warps, num_stages = config[size]
+    if has_slopes and config is PREFILL and size == 128:
+        tile = 16  # the slopes take the registers of half a tile on sm_80
+    split_len, num_splits = -(-max_seq_len // tile) * tile, 1
     if is_decode and not batch_invariant:
-        wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, num_reqs * num_kv_heads)
+        wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (num_reqs * num_kv_heads)
         wanted = max(1, min(wanted, MAX_SPLITS, max_seq_len // MIN_SPLIT_LEN))
         split_len = -(-max_seq_len // (wanted * tile)) * tile
         num_splits = -(-max_seq_len // split_len)
-    return Launch(block_m, block_q, tile, num_tiles, num_splits, split_len, num_warps=4)
+    num_tiles = num_tokens // block_q + num_reqs
+    return Launch(block_m, block_q, tile, num_tiles, num_splits, split_len, num_warps, num_stages)
 
 
 def next_power_of_2(number: int) -> int:

@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from minivllm.kernels.build import Build, Workload
+from minivllm.kernels.dispatch import warp_size
+
 MAX_SIZE = 16384  # values of one row that fit into a program's registers
 
 
@@ -73,11 +76,35 @@ def rms_norm(
             HAS_RESIDUAL=residual is not None,
             ADD_ONE=add_one,
             BLOCK=block,
-            num_warps=num_warps(block),
+            num_warps=num_threads(block) // warp_size(x),
         )
     return out, total
 
 
-def num_warps(block: int) -> int:
+def num_threads(block: int) -> int:
     """Eight values per thread or more: 128-bit loads in every dtype, and no more threads than loads."""
-    return min(max(block // 256, 1), 16)
+    return min(max(block // 8, 64), 512)
+
+
+def builds() -> list[Build]:
+    """bfloat16 rows of Llama-3-8B and of a small model, a step of 1,024 tokens."""
+    found = []
+    for size in (576, 4096):
+        block = triton.next_power_of_2(size)
+        rows, row_bytes = 1024, 2 * size
+        types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "total_ptr"), "*bf16")
+        found.append(
+            Build(
+                operation="rms_norm",
+                name=f"size {size}",
+                kernel=rms_norm_kernel,
+                types={**types, "x_stride": "i32", "size": "i32", "eps": "fp32"},
+                constants={"HAS_RESIDUAL": True, "ADD_ONE": False, "BLOCK": block},
+                divisible=frozenset({*types, "x_stride", "size"}),
+                num_threads=num_threads(block),
+                workload=Workload(
+                    f"{rows} rows", rows * 4 * row_bytes + row_bytes, 6 * rows * size, rows, 2 * row_bytes
+                ),
+            )
+        )
+    return found
