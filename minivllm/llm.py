@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from minivllm.engine.input_processor import EngineCoreRequest, PromptType
 from minivllm.engine.llm_engine import AnyOutput, LLMEngine
+from minivllm.engine.vectors import check_dimensions, check_pairs, cosine, pairs_of, shorten
 from minivllm.errors import InvalidRequestError, ServerError
 from minivllm.outputs import (
     BeamSearchOutput,
@@ -46,9 +47,15 @@ class LLM:
         kv_cache_memory_bytes, num_gpu_blocks_override: the cache's size, said directly.
         scheduling_policy: "fcfs", or "priority" (a lower number runs first).
         batch_invariant: logits do not depend on what else runs, bit for bit. Slower.
+        impl: of the kernels: "auto" is the fastest one here; "reference", "cpu", "triton" are for comparisons.
         speculative_config: must be None; speculative decoding is not built yet.
+        tensor_parallel_size: must be 1; one engine computes on one device.
+        quantization: None, or "gguf" for a .gguf file.
+        generation_config: "auto": sampling defaults are the model's own; "vllm": they are SamplingParams'.
+        chat_template: jinja text, or a file with it, in place of the model's own.
         seed: of requests that bring none.
         show_progress: a bar while the weights are read.
+        reserved_memory_bytes: of gpu_memory_utilization's share, for others in this process.
 
     Raises:
         ModelNotFoundError, ConfigError: naming the argument.
@@ -71,10 +78,16 @@ class LLM:
         scheduling_policy: str = "fcfs",
         long_prefill_token_threshold: int = 0,
         batch_invariant: bool = False,
+        impl: str = "auto",
         speculative_config: dict[str, Any] | None = None,
+        tensor_parallel_size: int = 1,
+        quantization: str | None = None,
+        generation_config: str = "auto",
+        chat_template: str | Path | None = None,
         seed: int = 0,
         *,
         show_progress: bool = False,
+        reserved_memory_bytes: int = 0,
     ):
         self.llm_engine = LLMEngine.from_model(
             model,
@@ -92,9 +105,15 @@ class LLM:
             scheduling_policy=scheduling_policy,
             long_prefill_token_threshold=long_prefill_token_threshold,
             batch_invariant=batch_invariant,
+            impl=impl,
             speculative_config=speculative_config,
+            tensor_parallel_size=tensor_parallel_size,
+            quantization=quantization,
+            generation_config=generation_config,
+            chat_template=chat_template,
             seed=seed,
             show_progress=show_progress,
+            reserved_memory_bytes=reserved_memory_bytes,
         )
         self._newest: dict[str, AnyOutput | None] = {}  # of every request that was started here and is still wanted
 
@@ -170,6 +189,10 @@ class LLM:
     ) -> list[BeamSearchOutput]:
         """The `beam_width` best continuations of each prompt, best first."""
         self._require(pooling=False, method="beam_search")
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequestError(
+                f"params must be BeamSearchParams, got {type(params).__name__}.", parameter="params"
+            )
         engine = self.llm_engine
         num_logprobs = 2 * params.beam_width
 
@@ -193,38 +216,44 @@ class LLM:
 
     # ------------------------------------------------------------------ vectors
     def embed(
-        self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: bool = True
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
     ) -> list[EmbeddingRequestOutput]:
-        """One L2-normalised vector per prompt. A decoder gives its last token's hidden state."""
-        jobs = [{"prompt": prompt, "embed": True} for prompt in _as_prompts(prompts)]
-        return self._run(jobs, use_tqdm)
+        """One L2-normalised vector per prompt. A decoder gives its last token's hidden state.
+
+        dimensions: only the first numbers, where the model was trained for that (Matryoshka).
+        truncate_prompt_tokens: a longer prompt keeps its beginning; -1: as many tokens as fit. None: it is refused.
+        """
+        check_dimensions(dimensions, self.llm_engine.config.model)
+        options = {"embed": True, "truncate_prompt_tokens": truncate_prompt_tokens}
+        outputs = self._run([{"prompt": prompt, **options} for prompt in _as_prompts(prompts)], use_tqdm)
+        for output in outputs:
+            output.outputs.embedding = shorten(output.outputs.embedding, dimensions)
+        return outputs
 
     def score(
         self,
         text_1: PromptType | Sequence[PromptType],
         text_2: PromptType | Sequence[PromptType],
         *,
+        truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
     ) -> list[ScoringRequestOutput]:
         """Cosine similarity of pairs: one against many, or as many against as many."""
         left, right = _as_prompts(text_1), _as_prompts(text_2)
-        if len(left) not in (1, len(right)):
-            raise InvalidRequestError(
-                f"text_1 must hold one text or as many as text_2 ({len(right)}), got {len(left)}.", parameter="text_1"
-            )
-        embedded = self.embed([*left, *right], use_tqdm=use_tqdm)
-        left_outputs, right_outputs = embedded[: len(left)], embedded[len(left) :]
-        if len(left) == 1:
-            left_outputs = left_outputs * len(right)
+        check_pairs(len(left), len(right), "text_1", "text_2")
+        embedded = self.embed([*left, *right], truncate_prompt_tokens=truncate_prompt_tokens, use_tqdm=use_tqdm)
         return [
             ScoringRequestOutput(
                 request_id=b.request_id,
-                outputs=ScoringOutput(
-                    sum(x * y for x, y in zip(a.outputs.embedding, b.outputs.embedding, strict=True))
-                ),
+                outputs=ScoringOutput(cosine(a.outputs.embedding, b.outputs.embedding)),
                 prompt_token_ids=a.prompt_token_ids + b.prompt_token_ids,
             )
-            for a, b in zip(left_outputs, right_outputs, strict=True)
+            for a, b in pairs_of(embedded[: len(left)], embedded[len(left) :])
         ]
 
     # ------------------------------------------------------------------ the rest

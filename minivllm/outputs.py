@@ -1,7 +1,7 @@
 """The records that cross a border between layers. Plain Python: no torch, no numpy, no behaviour.
 
     scheduler ── SchedulerOutput ──▶ worker ── ModelRunnerOutput ──▶ scheduler
-    engine ── RequestOutput / EmbeddingRequestOutput ──▶ llm.py, cli.py, the HTTP layer
+    engine ── RequestOutput / EmbeddingRequestOutput ──▶ llm.py, cli/, the HTTP layer
 
 This module knows nobody; everybody may import it.
 Twin in vLLM: vllm/v1/core/sched/output.py, vllm/v1/outputs.py and vllm/outputs.py.
@@ -38,6 +38,7 @@ class CachedRequestData:
     request_id: str
     new_block_ids: list[int]
     num_computed_tokens: int
+    new_token_ids: list[int] = field(default_factory=list)  # that it has not drawn itself
 
 
 class Decision(NamedTuple):
@@ -55,6 +56,8 @@ class Decision(NamedTuple):
 
 DECISION_REASONS = {
     "decode": "runs on: its newest token is computed and the next one drawn",
+    "forced": "runs on: its newest token and the {0} behind it that its grammar leaves no choice about are computed "
+    "together, and the next one drawn",
     "prefill": "admitted or continued: the rest of its tokens ({0}, after {1} already in the cache) "
     "fits this step's budget",
     "chunk": "computes {0} of {1} missing tokens; {2}",

@@ -2,7 +2,7 @@
 
 Every bound of `design` is in LIMITS; an error names the parameter, what was expected and what came.
 This module knows no tokenizer and no model: token ids are checked against the vocabulary by
-engine/input_processor.py. Called by llm.py, cli.py and the HTTP layer.
+engine/input_processor.py. Called by llm.py, cli/ and the HTTP layer.
 Twin in vLLM: vllm/sampling_params.py (same fields, same defaults; best_of is kept here).
 """
 
@@ -210,6 +210,51 @@ def _containers(schema: Any) -> Iterator[tuple[Any, int]]:
             waiting.extend((child, depth + 1) for child in children)
 
 
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How one tool is called in an answer: `begin`, arguments that `schema` accepts, `end`.
+
+    label: what an error calls the schema.
+    """
+
+    begin: str
+    schema: dict[str, Any] | bool
+    end: str = ""
+    label: str = "tools"
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """The form of a whole answer: [thinking] then text, or [text] opening call {separator call} closing.
+
+    Made by the HTTP layer for tools and for models that think; no caller sends one. Marks may be special tokens.
+
+    thinking       "none"; "begun": the prompt has opened it; "may": the answer may open it
+    text           the form of an answer without a call; None: free text, which may also stand before calls
+    allows_text    False: the answer must be a call
+    trigger        the beginning of `opening` and `begin` that text cannot hold: from there on a call must follow
+    only_at_start  calls begin the answer; text may hold the trigger later on
+    keywords       arguments are written name=value, value in JSON, not as one JSON object
+    """
+
+    thinking: str = "none"
+    think_marks: tuple[str, str] = ("<think>", "</think>")
+    text: StructuredOutputsParams | None = None
+    allows_text: bool = True
+    calls: tuple[CallForm, ...] = ()
+    opening: str = ""
+    separator: str = ""
+    closing: str = ""
+    trigger: str = ""
+    only_at_start: bool = False
+    keywords: bool = False
+    max_calls: int = 1
+
+    @property
+    def kind(self) -> str:
+        return "answer"
+
+
 @dataclass(slots=True)
 class SamplingParams:
     """How to turn logits into tokens and when to stop. Raises InvalidRequestError naming the bad field.
@@ -250,7 +295,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = field(default_factory=list)
-    structured_outputs: StructuredOutputsParams | None = None
+    structured_outputs: StructuredOutputsParams | AnswerForm | None = None
 
     def __post_init__(self) -> None:
         self._check_counts()
@@ -258,7 +303,7 @@ class SamplingParams:
         self._check_stops()
         self._check_token_fields()
         _flags(self, "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
-        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | AnswerForm | None):
             raise _refuse("structured_outputs", "StructuredOutputsParams", self.structured_outputs)
 
     def _check_counts(self) -> None:

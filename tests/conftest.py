@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.command import Run, runner
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -28,3 +30,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[name]
 
     return folder
+
+
+@pytest.fixture
+def minivllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`minivllm ARGUMENTS`, and no setting of whoever runs the tests."""
+    for name in list(os.environ):
+        if name.startswith(("MINIVLLM_", "VLLM_")) and name != "MINIVLLM_CACHE":
+            monkeypatch.delenv(name)
+    return runner(monkeypatch, capsys)

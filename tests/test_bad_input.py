@@ -341,6 +341,24 @@ def test_a_request_id_in_use_is_refused_and_the_first_request_goes_on(engine: LL
     engine.abort_request("same")
 
 
+@pytest.mark.parametrize("value", [5, True, b"x", "", [], {}, "x" * 257, SURROGATE], ids=show_id)
+def test_a_request_id_is_a_short_text(engine: LLMEngine, value: Any):
+    """Anything was taken, and "" for none: a list ended in a TypeError when it was queued."""
+    refused("request_id", engine.add_request, "the", ONE, request_id=value)
+    refused("request_id", engine.process_input, "the", request_id=value, embed=True)
+
+
+def test_numbers_as_request_ids_do_not_meet_those_that_the_engine_gives(engine: LLMEngine):
+    """They did: a caller who named nothing was told that "2" is in use."""
+    given = [engine.add_request("the", SamplingParams(n=2, max_tokens=1)) for _ in range(20)]
+    candidates = {f"{index}_{request_id}" for request_id in given for index in range(2)}
+    numbers = {str(number) for number in range(10**5)}
+    assert len(set(given)) == 20 and not numbers & {*given, *candidates}
+    assert not {f"{index}_{number}" for index in range(2) for number in numbers} & candidates
+    for request_id in given:
+        engine.abort_request(request_id)
+
+
 def test_a_request_id_that_a_candidate_of_another_request_has_is_refused(engine: LLMEngine):
     """Candidates of "x" are called "0_x", "1_x": a request of that name would be mixed up with one."""
     engine.add_request("the", SamplingParams(n=2, max_tokens=4), request_id="x")

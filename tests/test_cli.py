@@ -10,61 +10,19 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
 from rich.console import Console
 
 from minivllm import LLM, SamplingParams, cli, hub
+from tests.command import Result, Run, Stdin
 from tests.tolerances import UNIT_LENGTH_ATOL
 
-COMMANDS = ("generate", "chat", "embed", "pull", "plan", "run-batch")
+COMMANDS = ("serve", "complete", "generate", "chat", "embed", "pull", "plan", "run-batch")
 SMALL = ("--kv-cache-memory-bytes", "400000")  # a pool of a few blocks: the commands start faster
 GREEDY = ("-t", "0", "--max-tokens", "5")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """Standard output as JSON, one object per line."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-    @property
-    def message(self) -> str:
-        return " ".join(self.err.split())
-
-
-class Stdin(io.TextIOWrapper):
-    is_terminal = False
-
-    def isatty(self) -> bool:
-        return self.is_terminal
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def minivllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`minivllm ARGUMENTS`, with `stdin` as text or as bytes."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str | Path, stdin: str | bytes = "") -> Result:
-        data = stdin.encode() if isinstance(stdin, str) else stdin
-        monkeypatch.setattr("sys.stdin", Stdin(io.BytesIO(data), encoding="utf-8"))
-        monkeypatch.setattr("sys.argv", ["minivllm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +190,7 @@ def test_a_system_prompt_stays_after_a_reset(minivllm: Run, model: Path, llm: LL
 def test_the_end_of_the_input_ends_a_conversation(minivllm: Run, model: Path):
     result = minivllm("chat", "-m", model, *GREEDY, *SMALL, stdin="the")  # no newline either
     assert result.code == 0 and result.out.count("\n") == 1
-    assert "llama. /reset forgets, /exit ends." in result.err
+    assert "llama. /help lists the commands, /exit ends." in result.err
 
 
 def test_a_refused_turn_is_forgotten_and_the_conversation_goes_on(minivllm: Run, model: Path, llm: LLM):
@@ -498,7 +456,7 @@ def test_brackets_in_an_error_are_no_markup(minivllm: Run):
 
 
 def test_a_terminal_shows_the_error_in_a_frame(minivllm: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli, "_stderr", lambda: Console(file=sys.stderr, force_terminal=True, width=200))
+    monkeypatch.setattr(cli, "stderr", lambda: Console(file=sys.stderr, force_terminal=True, width=200))
     result = minivllm("plan", "[/x]")
     assert result.code == 1 and "╭" in result.err and "Model '[/x]' was not found" in result.message
 

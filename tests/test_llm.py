@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minivllm import LLM, BeamSearchParams, ClientError, InvalidRequestError, SamplingParams, ServerError
+from minivllm.errors import ConfigError, ContextLengthError
 from minivllm.outputs import RequestOutput
 from tests.tolerances import HF_LOGPROB_ATOL, UNIT_LENGTH_ATOL
 
@@ -173,7 +174,7 @@ def test_best_of_keeps_the_likeliest_of_its_candidates(llm: LLM):
 
 def test_a_failed_request_is_an_error_and_no_short_answer(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(llm.llm_engine._executor.model, "compute_logits", lambda rows: 1 / 0)
-    with pytest.raises(ServerError, match=r"2 of 2 requests failed; request \d+: .*ZeroDivisionError"):
+    with pytest.raises(ServerError, match=r"2 of 2 requests failed; request \d+-\w+: .*ZeroDivisionError"):
         generate(llm, ["the", "and"])
     with pytest.raises(ServerError, match="ZeroDivisionError"):
         list(llm.stream("the", GREEDY))
@@ -518,6 +519,14 @@ def test_every_prompt_gets_its_own_beams_within_the_room_left(llm: LLM):
     assert results[0].sequences[0].text == llm.get_tokenizer().decode(results[0].sequences[0].tokens[len(tokens) :])
 
 
+@pytest.mark.parametrize("params", [None, SamplingParams(), {"beam_width": 2}, 2], ids=lambda v: type(v).__name__)
+def test_beams_want_their_own_parameters(llm: LLM, params: Any):
+    """None ended in an AttributeError."""
+    with pytest.raises(InvalidRequestError, match="params must be BeamSearchParams") as caught:
+        llm.beam_search("the", params)
+    assert caught.value.parameter == "params"
+
+
 def test_the_widest_beam_asks_for_more_logprobs_than_a_caller_may(llm: LLM):
     sequences = llm.beam_search("the", BeamSearchParams(64, max_tokens=2, ignore_eos=True))[0].sequences
     assert len({tuple(sequence.tokens) for sequence in sequences}) == 64
@@ -559,6 +568,89 @@ def test_scores_of_unequal_numbers_are_refused(bert: LLM):
     with pytest.raises(InvalidRequestError, match=r"as many as text_2 \(3\), got 2") as caught:
         bert.score(["a", "b"], ["a", "b", "c"], use_tqdm=False)
     assert caught.value.parameter == "text_1"
+
+
+def changed(folder: Path, copy: Path, **config: Any) -> Path:
+    """The model with other values in its config.json."""
+    shutil.copytree(folder, copy)
+    (copy / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return copy
+
+
+def test_shorter_vectors_are_refused_unless_the_model_was_trained_for_them(bert: LLM):
+    with pytest.raises(InvalidRequestError, match="bert-mean was not trained for shorter vectors") as caught:
+        bert.embed("the", dimensions=8, use_tqdm=False)
+    assert caught.value.parameter == "dimensions"
+
+
+@pytest.mark.parametrize("config", [{"is_matryoshka": True}, {"matryoshka_dimensions": [8, 16]}], ids=["any", "list"])
+def test_a_shorter_vector_is_the_beginning_of_the_whole_one_with_length_one(
+    tiny_model: Callable[[str], Path], tmp_path: Path, config: dict[str, Any]
+):
+    model = LLM(changed(tiny_model("bert-mean"), tmp_path / "m", **config), dtype="float32")
+    size = model.llm_engine.config.model.embedding_size
+    [whole] = model.embed("the value", use_tqdm=False)
+    assert len(whole.outputs.embedding) == size
+    for dimensions in (8, 16):
+        [output] = model.embed("the value", dimensions=dimensions, use_tqdm=False)
+        head = torch.tensor(whole.outputs.embedding[:dimensions], dtype=torch.float64)
+        expected = torch.nn.functional.normalize(head, dim=0).tolist()
+        assert output.outputs.embedding == pytest.approx(expected, abs=UNIT_LENGTH_ATOL)
+    bad = [0, -1, size + 1, 8.0, True, "8"] + ([9, size] if "matryoshka_dimensions" in config else [])
+    for dimensions in bad:
+        with pytest.raises(InvalidRequestError, match="dimensions: for m it must be"):
+            model.embed("the value", dimensions=dimensions, use_tqdm=False)
+
+
+@pytest.mark.parametrize("dimensions", [[8, 0], [8, 10**6], ["8"], [True]], ids=["zero", "long", "text", "true"])
+def test_a_model_with_impossible_dimensions_is_refused(
+    tiny_model: Callable[[str], Path], tmp_path: Path, dimensions: list[Any]
+):
+    folder = changed(tiny_model("bert-mean"), tmp_path / "m", matryoshka_dimensions=dimensions)
+    with pytest.raises(ConfigError, match="matryoshka_dimensions must be an integer in"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
+def test_a_cross_encoder_is_refused_when_it_is_loaded(
+    tiny_model: Callable[[str], Path], tmp_path: Path, architecture: str
+):
+    name = "llama" if architecture.startswith("Llama") else "bert-mean"
+    folder = changed(tiny_model(name), tmp_path / "m", architectures=[architecture])
+    with pytest.raises(ConfigError, match="a classifier or a cross-encoder; score compares vectors: use an embedding"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize("fixture", ["bert", "llm"])
+def test_a_text_too_long_to_embed_is_cut_only_on_request(fixture: str, request: pytest.FixtureRequest):
+    model: LLM = request.getfixturevalue(fixture)
+    text, size = "the value is and " * 60, model.llm_engine.config.model.max_model_len
+    with pytest.raises(ContextLengthError):
+        model.embed(text, use_tqdm=False)
+    ids = model.get_tokenizer().encode(text, add_special_tokens=False)
+    [cut] = model.embed(text, truncate_prompt_tokens=-1, use_tqdm=False)
+    assert len(cut.prompt_token_ids) == size and len(ids) > size
+    [same] = model.embed({"prompt_token_ids": cut.prompt_token_ids}, use_tqdm=False)
+    assert cut.outputs.embedding == pytest.approx(same.outputs.embedding, abs=UNIT_LENGTH_ATOL)
+    [pair] = model.score(text, "and", truncate_prompt_tokens=5, use_tqdm=False)
+    assert len(pair.prompt_token_ids) == 5 + len(model.get_tokenizer().encode("and"))
+
+
+def test_what_sentence_transformers_says_of_a_model_counts(tiny_model: Callable[[str], Path], tmp_path: Path):
+    """The longest text is shorter than the positions, and may be made longer; capitals must not get lost."""
+    folder = changed(tiny_model("bert-mean"), tmp_path / "m")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
+    assert LLM(folder).llm_engine.config.model.max_model_len == 40
+    assert LLM(folder, max_model_len=100).llm_engine.config.model.max_model_len == 100
+    (folder / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    with pytest.raises(ConfigError, match="do_lower_case"):
+        LLM(folder)
+
+
+def test_scores_stay_within_one(bert: LLM):
+    """Rounding puts the product of a vector with itself above 1 now and then."""
+    texts = ["the value is " * n for n in range(1, 12)]
+    assert all(-1.0 <= pair.outputs.score <= 1.0 for pair in bert.score(texts, texts, use_tqdm=False))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class Request:
         "status",
         "stop_reason",
         "stop_token_ids",
+        "untold_token_ids",
     )
 
     def __init__(
@@ -106,6 +107,7 @@ class Request:
         self.num_cached_tokens = 0  # of these, found in the prefix cache at the first admission
         self.num_preemptions = 0
         self.num_prompt_logprobs_done = 0  # reported; a resumed request computes its prompt a second time
+        self.untold_token_ids: list[int] = []  # appended without being drawn; the worker learns them with the next step
         self.block_hashes: list[bytes] = []  # of the full blocks, extended as tokens arrive
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None

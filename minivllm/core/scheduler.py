@@ -5,6 +5,7 @@ hands out max_num_batched_tokens and lets requests catch up: the running ones fi
 
     schedule()            decides, takes blocks           -> SchedulerOutput
     update_from_output()  appends what was drawn, ends    -> list[EngineCoreOutput]
+    append_tokens()       adds what need not be drawn
     fail_step()           ends the requests of a step that raised
 
 Knows no tensor, no text, no clock. Owned by engine/llm_engine.py.
@@ -13,7 +14,7 @@ Twin in vLLM: vllm/v1/core/sched/scheduler.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from minivllm.config import CacheConfig, SchedulerConfig
 from minivllm.core.block_pool import KVCacheBlock
@@ -39,6 +40,8 @@ class Scheduler:
         self.waiting = make_request_queue(config.policy)
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.num_prefix_cache_queries = 0  # tokens looked for at first admissions
+        self.num_prefix_cache_hits = 0  # and found
         self._step = 0
         self._known_to_worker: set[str] = set()
         self._finished_req_ids: list[str] = []
@@ -116,10 +119,14 @@ class Scheduler:
             if new_blocks is None:  # it mattered least and gave way itself; its blocks may help the next ones
                 continue
             cached = CachedRequestData(
-                request.request_id, [block.block_id for block in new_blocks], request.num_computed_tokens
+                request.request_id,
+                [block.block_id for block in new_blocks],
+                request.num_computed_tokens,
+                request.untold_token_ids,
             )
             step.scheduled_cached_reqs.append(cached)
             self._record(step, request, num_tokens, num_missing)
+            request.untold_token_ids = []
 
     def _schedule_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the head of the line. The first that cannot come in stops the line: nobody overtakes."""
@@ -160,8 +167,12 @@ class Scheduler:
         self.running.append(request)
         if request.status is RequestStatus.WAITING:
             request.num_cached_tokens = num_cached_tokens  # what usage reports: the first admission's hit
+            if self.kv_cache.enable_prefix_caching and not request.skip_prefix_cache:
+                self.num_prefix_cache_queries += request.num_tokens
+                self.num_prefix_cache_hits += num_cached_tokens
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached_tokens
+        request.untold_token_ids = []  # it is told everything
         self._known_to_worker.add(request.request_id)
         step.scheduled_new_reqs.append(
             NewRequestData(
@@ -195,6 +206,8 @@ class Scheduler:
             decision = Decision(request.request_id, "chunk", num_tokens, (num_tokens, num_missing, cause))
         elif num_tokens == 1 and request.num_computed_tokens >= request.num_prompt_tokens:
             decision = Decision(request.request_id, "decode", 1)
+        elif request.untold_token_ids:
+            decision = Decision(request.request_id, "forced", num_tokens, (len(request.untold_token_ids),))
         else:
             decision = Decision(request.request_id, "prefill", num_tokens, (num_tokens, request.num_computed_tokens))
         step.decisions.append(decision)
@@ -317,6 +330,22 @@ class Scheduler:
             request.stop_reason,
             request.num_cached_tokens,
         )
+
+    def append_tokens(self, request_id: str, token_ids: Sequence[int]) -> list[int]:
+        """Add tokens that nobody has to draw to a running request; its next step computes all of them at once.
+
+        Returns those that were added: one of them may end the request.
+        """
+        request = self.requests[request_id]
+        added: list[int] = []
+        for token_id in token_ids:
+            added.append(token_id)
+            if request.append_output_token(token_id, self.config.max_model_len):
+                self.running.remove(request)
+                self._release(request)
+                break
+        request.untold_token_ids = [*request.untold_token_ids, *added]
+        return added
 
     def fail_step(self, step: SchedulerOutput, error: str) -> list[EngineCoreOutput]:
         """The step raised: its requests end in error, everybody else goes on."""

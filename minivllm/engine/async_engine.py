@@ -14,6 +14,7 @@ Twin in vLLM: vllm/v1/engine/async_llm.py.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -121,6 +122,7 @@ class AsyncEngine:
         self._streams: dict[str, RequestStream] = {}
         self._death: str | None = None  # why the thread has ended
         self._stopping = False
+        self._revision = 0
         self._progress_time = time.monotonic()  # when the thread last came round, or got work after a rest
         self._thread = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
         self._thread.start()
@@ -145,16 +147,22 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         changed: threading.Condition | None = None,
-        **options: Any,  # priority, cache_salt; embed=True for an embedding
+        **options: Any,  # LLMEngine.process_input's; embed=True for an embedding
     ) -> RequestStream:
         """Queue a request. Raises ClientError for a bad one, OverloadedError when the queue is full."""
         self.check_room()  # before the prompt is tokenised
         core_request = self.engine.process_input(prompt, sampling_params, request_id=request_id, **options)
+        return self.submit_processed(core_request, changed)
+
+    def submit_processed(
+        self, core_request: EngineCoreRequest, changed: threading.Condition | None = None
+    ) -> RequestStream:
+        """Queue what LLMEngine.process_input has made. Raises OverloadedError when the queue is full."""
         stream = RequestStream(core_request, self.abort, changed)
         with self._lock:
             if self._death is not None or self._stopping:
                 raise EngineDeadError(self._death or "the engine is shutting down")
-            self.check_room()  # others may have come in meanwhile
+            self.check_room()
             if stream.request_id in self._streams:
                 raise InvalidRequestError(f"request_id {stream.request_id!r} is in use", parameter="request_id")
             if not self._streams:
@@ -171,6 +179,26 @@ class AsyncEngine:
     def abort(self, request_id: str) -> None:
         """Give a request up, wherever it is."""
         self._inbox.put(lambda: self._abort_now(request_id))
+
+    @property
+    def revision(self) -> int:
+        """Grows with every step and every request that comes or is given up, not with looking."""
+        return self._revision
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Have the engine thread run `function` between two steps, where nothing changes meanwhile.
+
+        It holds up every request, so it must be quick. Nobody hears of its exceptions but the log. A dead engine
+        never calls.
+        """
+
+        def call() -> None:
+            try:
+                function()
+            except Exception:
+                logging.getLogger(__name__).exception("a call between two steps failed")
+
+        self._inbox.put(call)
 
     def shutdown(self) -> None:
         """Abort everything and end the thread."""
@@ -190,6 +218,7 @@ class AsyncEngine:
             while self._take_messages():
                 for output in self.engine.step():
                     self._deliver(output)
+                self._revision += 1
                 self._progress_time = time.monotonic()
             for request_id in list(self._streams):
                 self.engine.abort_request(request_id)
@@ -214,6 +243,7 @@ class AsyncEngine:
     def _add_now(self, core_request: EngineCoreRequest, stream: RequestStream) -> None:
         if self._streams.get(stream.request_id) is not stream:  # its abort was faster
             return
+        self._revision += 1
         try:
             self.engine.add_processed(core_request)
         except Exception as error:  # one bad request must not end the others
@@ -224,6 +254,7 @@ class AsyncEngine:
     def _abort_now(self, request_id: str) -> None:
         for output in self.engine.abort_request(request_id):
             self._deliver(output)
+        self._revision += 1
         with self._lock:
             stream = self._streams.pop(request_id, None)
         if stream is not None:

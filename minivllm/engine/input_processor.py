@@ -31,6 +31,8 @@ MAX_BAD_WORDS_TOKENS = 1024  # all bad words together
 MAX_CACHE_SALT_CHARS = 128
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
+MAX_REQUEST_ID_CHARS = 256
+MAX_TRUNCATED_CHARS = 2**20  # of a text that may be cut, which is tokenised whole: where to cut is not known before
 _INT64 = 2**63
 
 PromptType = str | list[int] | dict[str, Any]
@@ -55,7 +57,7 @@ class EngineCoreRequest:
     """
 
     request_id: str
-    prompt: str | None  # None: token ids were sent
+    prompt: str | None  # None: token ids were sent, or the text was cut
     prompt_token_ids: list[int]
     sampling_params: SamplingParams | None
     eos_token_ids: frozenset[int] = frozenset()  # end the output silently; empty with ignore_eos
@@ -67,7 +69,16 @@ class EngineCoreRequest:
     arrival_time: float = 0.0  # seconds, of the engine's clock
     max_tokens: int = 0  # output limit: what was asked for, or the room that the prompt leaves
     max_tokens_clamped: bool = False  # more was asked for than there is room
+    truncated_to: int | None = None  # tokens of a prompt that had more of them, and was to be cut
     grammar: CompiledGrammar | None = None  # of sampling_params.structured_outputs; set by llm_engine.py
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """Keep at most max_tokens of a prompt; `side` is what is cut off, left or right."""
+
+    max_tokens: int
+    side: str
 
 
 class InputProcessor:
@@ -129,11 +140,14 @@ class InputProcessor:
         priority: int = 0,
         arrival_time: float | None = None,
         add_special_tokens: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        truncation_side: str | None = None,
     ) -> EngineCoreRequest:
         """Check a request for generated text. sampling_params None: the model's defaults.
 
         A dict prompt may bring its own cache_salt. max_tokens None means the room left, and more than the room is
-        lowered to it (max_tokens_clamped says so).
+        lowered to it (max_tokens_clamped says so). A longer prompt than truncate_prompt_tokens keeps its end
+        (truncation_side "right": its beginning); -1 is the longest one that leaves room for a token of output.
         Raises InvalidRequestError, ContextLengthError.
         """
         if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
@@ -141,7 +155,8 @@ class InputProcessor:
                 f"sampling_params must be SamplingParams, got {type(sampling_params).__name__}.",
                 parameter="sampling_params",
             )
-        text, prompt_token_ids, own_salt = self._parse_prompt(prompt, add_special_tokens)
+        cut = self._truncation(truncate_prompt_tokens, truncation_side, self.max_model_len - 1, "left")
+        text, prompt_token_ids, own_salt, was_cut = self._parse_prompt(prompt, add_special_tokens, cut)
         self._check_length(len(prompt_token_ids), self.max_model_len - 1)
         params = _own_copy(sampling_params) if sampling_params is not None else self.default_sampling_params()
         max_tokens, clamped = self._resolve_max_tokens(len(prompt_token_ids), params)
@@ -162,6 +177,7 @@ class InputProcessor:
             arrival_time=self._clock() if arrival_time is None else arrival_time,
             max_tokens=max_tokens,
             max_tokens_clamped=clamped,
+            truncated_to=len(prompt_token_ids) if was_cut else None,
         )
 
     def process_pooling(
@@ -172,9 +188,16 @@ class InputProcessor:
         cache_salt: str | None = None,
         priority: int = 0,
         arrival_time: float | None = None,
+        add_special_tokens: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        truncation_side: str | None = None,
     ) -> EngineCoreRequest:
-        """Check a request for an embedding: the whole context is there for the prompt."""
-        text, prompt_token_ids, own_salt = self._parse_prompt(prompt, add_special_tokens=True)
+        """Check a request for an embedding: the whole context is there for the prompt.
+
+        A longer prompt than truncate_prompt_tokens keeps its beginning (truncation_side "left": its end).
+        """
+        cut = self._truncation(truncate_prompt_tokens, truncation_side, self.max_model_len, "right")
+        text, prompt_token_ids, own_salt, was_cut = self._parse_prompt(prompt, add_special_tokens, cut)
         self._check_length(len(prompt_token_ids), self.max_model_len)
         if self.num_blocks is not None:
             check_fits_pool(len(prompt_token_ids), 0, self.num_blocks, self.block_size)
@@ -186,17 +209,23 @@ class InputProcessor:
             cache_salt=_check_cache_salt(cache_salt if cache_salt is not None else own_salt),
             priority=_check_priority(priority),
             arrival_time=self._clock() if arrival_time is None else arrival_time,
+            truncated_to=len(prompt_token_ids) if was_cut else None,
         )
 
     # ------------------------------------------------------------------ prompts
     def tokenize_prompt(self, prompt: PromptType, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt in any of its forms, checked against the vocabulary and max_model_len - 1."""
-        _, prompt_token_ids, _ = self._parse_prompt(prompt, add_special_tokens)
+        _, prompt_token_ids, _, _ = self._parse_prompt(prompt, add_special_tokens)
         self._check_length(len(prompt_token_ids), self.max_model_len - 1)
         return prompt_token_ids
 
-    def _parse_prompt(self, prompt: PromptType, add_special_tokens: bool) -> tuple[str | None, list[int], str | None]:
-        """(text, token ids, cache_salt) of one prompt; token ids win where both are given."""
+    def _parse_prompt(
+        self, prompt: PromptType, add_special_tokens: bool, cut: Truncation | None = None
+    ) -> tuple[str | None, list[int], str | None, bool]:
+        """(text, token ids, cache_salt, whether it was cut) of one prompt; token ids win where both are given.
+
+        A prompt that was cut has no text: the whole one is not what the model sees.
+        """
         salt: str | None = None
         text: Any = None
         token_ids: Any = None
@@ -217,14 +246,42 @@ class InputProcessor:
             raise InvalidRequestError(f"A prompt must be text or token ids, got {got}.", parameter="prompt")
         if token_ids is not None:
             name = "prompt_token_ids" if isinstance(prompt, dict) else "prompt"
-            return text, self.check_token_ids(token_ids, name), salt
-        return text, self.encode_text(text or "", add_special_tokens), salt
+            token_ids = self.check_token_ids(token_ids, name)
+            was_cut = cut is not None and len(token_ids) > cut.max_tokens
+            if cut is not None and was_cut:
+                token_ids = token_ids[: cut.max_tokens] if cut.side == "right" else token_ids[-cut.max_tokens :]
+        elif cut is not None:
+            token_ids, was_cut = self._encode_cut(text or "", add_special_tokens, cut)
+        else:
+            token_ids, was_cut = self.encode_text(text or "", add_special_tokens), False
+        return None if was_cut else text, token_ids, salt, was_cut
 
-    def encode_text(self, text: str, add_special_tokens: bool = True, parameter: str = "prompt") -> list[int]:
+    def encode_text(
+        self, text: str, add_special_tokens: bool = True, parameter: str = "prompt", *, may_be_cut: bool = False
+    ) -> list[int]:
         """Token ids of a text that may fit; refused by its length in characters before it is tokenised.
 
+        may_be_cut: the caller will cut what is too much, so that the text may be longer than the context.
         Raises InvalidRequestError (no tokenizer, empty, not Unicode), ContextLengthError.
         """
+        tokenizer = self._check_text(text, parameter, may_be_cut)
+        return self._check_encoded(tokenizer.encode(text, add_special_tokens=add_special_tokens), parameter)
+
+    def _encode_cut(self, text: str, add_special_tokens: bool, cut: Truncation) -> tuple[list[int], bool]:
+        """As encode_text, cut to what is wanted; and whether there was more."""
+        tokenizer = self._check_text(text, "prompt", may_be_cut=True)
+        least = tokenizer.num_special_tokens + 1 if add_special_tokens else 1
+        if cut.max_tokens < least:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens must be at least {least}: this model puts {least - 1} tokens around every "
+                f"text, got {cut.max_tokens}.",
+                parameter="truncate_prompt_tokens",
+            )
+        token_ids, was_cut = tokenizer.encode_cut(text, cut.max_tokens, cut.side, add_special_tokens)
+        return self._check_encoded(token_ids, "prompt"), was_cut
+
+    def _check_text(self, text: str, parameter: str, may_be_cut: bool) -> Tokenizer:
+        """Everything that can be refused before a text is tokenised. Returns what can tokenise it."""
         if self.tokenizer is None:
             raise InvalidRequestError(
                 "This model has no tokenizer: send prompt_token_ids instead of text.", parameter=parameter
@@ -232,6 +289,8 @@ class InputProcessor:
         if not text:
             raise InvalidRequestError("prompt must not be empty.", parameter=parameter)
         max_chars = self.tokenizer.max_chars_per_token * self.max_model_len
+        if may_be_cut:
+            max_chars = max(max_chars, MAX_TRUNCATED_CHARS)
         if len(text) > max_chars:
             raise ContextLengthError(
                 f"The prompt has {len(text)} characters, which cannot fit this model's context of {self.max_model_len} "
@@ -239,7 +298,9 @@ class InputProcessor:
                 parameter=parameter,
             )
         _check_unicode(text, parameter)
-        token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self.tokenizer
+
+    def _check_encoded(self, token_ids: list[int], parameter: str) -> list[int]:
         if not token_ids:  # characters that the vocabulary does not have may vanish
             raise InvalidRequestError("prompt has no token: the model cannot see any of it.", parameter=parameter)
         return self.check_token_ids(token_ids, parameter)
@@ -265,6 +326,26 @@ class InputProcessor:
                 parameter=parameter,
             )
         return list(token_ids)
+
+    def _truncation(self, max_tokens: Any, side: Any, longest: int, default_side: str) -> Truncation | None:
+        """What is asked for. `longest`: the longest prompt that is taken, which -1 stands for."""
+        if side not in (None, "left", "right"):
+            raise InvalidRequestError(
+                f"truncation_side must be left or right, got {_show(side)}.", parameter="truncation_side"
+            )
+        if max_tokens is None:
+            if side is not None:
+                raise InvalidRequestError(
+                    "truncation_side has no effect without truncate_prompt_tokens.", parameter="truncation_side"
+                )
+            return None
+        if type(max_tokens) is not int or not (max_tokens == -1 or 1 <= max_tokens <= self.max_model_len):
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens must be -1 (as many as fit) or an integer in [1, {self.max_model_len}], got "
+                f"{_show(max_tokens)}.",
+                parameter="truncate_prompt_tokens",
+            )
+        return Truncation(longest if max_tokens == -1 else min(max_tokens, longest), side or default_side)
 
     def _check_length(self, num_tokens: int, limit: int) -> None:
         if num_tokens <= limit:
@@ -337,10 +418,12 @@ class InputProcessor:
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        may_be_cut: bool = False,
     ) -> dict[str, Any]:
         """A conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}.
 
         add_special_tokens: also those of a plain prompt; the template mostly writes bos itself.
+        may_be_cut: the request will have truncate_prompt_tokens, so that the text may be longer than the context.
         Raises InvalidRequestError, ContextLengthError.
         """
         if self.tokenizer is None:
@@ -351,7 +434,7 @@ class InputProcessor:
                 "one is begun.",
                 parameter="continue_final_message",
             )
-        normalized = normalize_messages(messages, self.tokenizer.template_traits())
+        normalized = normalize_messages(messages, self.tokenizer.template_traits(with_tools=bool(tools)))
         _check_dicts("tools", tools, MAX_TOOLS)
         _check_dicts("documents", documents, MAX_MESSAGES)
         text = self.tokenizer.apply_chat_template(
@@ -362,10 +445,23 @@ class InputProcessor:
             continue_final_message=continue_final_message,
             template_kwargs=chat_template_kwargs,
         )
-        return {"prompt": text, "prompt_token_ids": self.encode_text(text, add_special_tokens, "messages")}
+        token_ids = self.encode_text(text, add_special_tokens, "messages", may_be_cut=may_be_cut)
+        return {"prompt": text, "prompt_token_ids": token_ids}
 
 
 # ---------------------------------------------------------------------- checks
+def check_request_id(request_id: Any) -> str:
+    """A caller's own name for a request. Raises InvalidRequestError."""
+    if not isinstance(request_id, str) or not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
+        got = f"{len(request_id)} characters" if isinstance(request_id, str) else _show(request_id)
+        raise InvalidRequestError(
+            f"request_id must be a string of 1 to {MAX_REQUEST_ID_CHARS} characters, got {got}.",
+            parameter="request_id",
+        )
+    _check_unicode(request_id, "request_id")
+    return request_id
+
+
 def check_fits_pool(num_prompt_tokens: int, max_tokens: int, num_blocks: int, block_size: int) -> None:
     """Raise ContextLengthError, with the arithmetic, when even an otherwise empty pool is too small.
 

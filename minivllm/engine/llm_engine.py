@@ -3,7 +3,7 @@
     add_request ──▶ input_processor ──▶ scheduler.add_request
     step        ──▶ scheduler.schedule ──▶ executor.execute_model ──▶ scheduler.update_from_output
                                                         │         └──▶ output_processor ──▶ [RequestOutput]
-    grammars    ── bitmask rows ────────────────────────┘  and the drawn tokens back to them
+    grammar_steps ─ bitmask rows ────────────────────────┘  and the drawn tokens back to them
 
 Single-threaded: async_engine.py gives it a thread, llm.py a loop. Knows no HTTP.
 Twin in vLLM: vllm/v1/engine/llm_engine.py and core.py.
@@ -14,26 +14,40 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minivllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, choose_max_model_len
+from minivllm.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    check_generation_config,
+    check_quantization,
+    choose_max_model_len,
+)
 from minivllm.core.request import FinishReason, Request
 from minivllm.core.scheduler import Scheduler
-from minivllm.engine.input_processor import EngineCoreRequest, InputProcessor, PromptType
+from minivllm.engine.grammar_steps import GrammarSteps
+from minivllm.engine.input_processor import EngineCoreRequest, InputProcessor, PromptType, check_request_id
 from minivllm.engine.output_processor import OutputProcessor
-from minivllm.engine.tokenizer import Tokenizer, load_tokenizer
+from minivllm.engine.stats import EngineStats
+from minivllm.engine.throughput import Throughput
+from minivllm.engine.tokenizer import Tokenizer, load_tokenizer, read_chat_template
 from minivllm.errors import ConfigError, InvalidRequestError
 from minivllm.hub import ModelSource, resolve_model
+from minivllm.kernels.dispatch import IMPLS
 from minivllm.models import loader, registry
 from minivllm.models.linear import ModelOptions
+from minivllm.models.sentence_folder import SentenceConfig, read_sentence_config
 from minivllm.outputs import (
     Decision,
     EmbeddingRequestOutput,
     EngineCoreOutput,
-    ModelRunnerOutput,
     RequestOutput,
     SchedulerOutput,
 )
@@ -77,13 +91,17 @@ class LLMEngine:
             block_size=plan.block_size,
             seed=config.seed,
         )
-        self.output_processor = OutputProcessor(tokenizer)
+        self.stats = EngineStats(config.model.max_model_len)
+        self.output_processor = OutputProcessor(tokenizer, stats=self.stats)
         self.structured_output = StructuredOutputManager(
             tokenizer.backend if tokenizer is not None else None, config.model.vocab_size, self.eos_token_ids
         )
+        self._grammar_steps = GrammarSteps(self.scheduler, self.structured_output, self.eos_token_ids)
         self.last_step: SchedulerOutput | None = None  # for the trace and the state endpoint
+        self.throughput = Throughput()
         self._executor = executor
         self._request_numbers = itertools.count(1)  # next() of it is safe in every thread
+        self._id_suffix = secrets.token_hex(4)  # behind the number of an id: callers count, too, and ids must not meet
 
     # ------------------------------------------------------------------ requests
     def process_input(
@@ -93,15 +111,15 @@ class LLMEngine:
         *,
         request_id: str | None = None,
         embed: bool = False,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        **options: Any,  # priority, cache_salt, add_special_tokens, truncate_prompt_tokens, truncation_side
     ) -> EngineCoreRequest:
         """Check and tokenise a request without queueing it. May be called from any thread.
 
         Raises ClientError naming the parameter.
         """
-        request_id = request_id or f"{next(self._request_numbers)}"
-        options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
+        if request_id is None:
+            request_id = f"{next(self._request_numbers)}-{self._id_suffix}"
+        check_request_id(request_id)
         if embed:
             return self.input_processor.process_pooling(request_id, prompt, **options)
         if self.config.model.is_pooling:
@@ -162,62 +180,16 @@ class LLMEngine:
         if not self.scheduler.has_work:
             return []
         step = self.last_step = self.scheduler.schedule()
+        self.output_processor.begin_step(step)
         try:
-            result = self._execute(step)
+            result = self._executor.execute_model(step, self._grammar_steps.masks_for(step))
         except Exception as error:
             logger.exception("step %d failed", step.step)
             outputs = self.scheduler.fail_step(step, f"the step failed: {type(error).__name__}: {error}")
         else:
-            outputs = self.scheduler.update_from_output(step, result)
-            outputs += [end for output in outputs if (end := self._follow_grammar(output)) is not None]
+            outputs = self._grammar_steps.follow(self.scheduler.update_from_output(step, result))
+            self.throughput.add(step.total_num_scheduled_tokens, sum(len(output.new_token_ids) for output in outputs))
         return self._process_outputs(outputs)
-
-    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Run the model; bitmask rows are made for the requests with a grammar that draw a token in this step."""
-        drawing = []
-        if len(self.structured_output):
-            for request_id, num_tokens in step.num_scheduled_tokens.items():
-                request = self.scheduler.requests[request_id]
-                is_last = request.num_computed_tokens + num_tokens == request.num_tokens
-                if is_last and request_id in self.structured_output:
-                    drawing.append(request_id)
-        if not drawing:
-            return self._executor.execute_model(step)
-        return self._executor.execute_model(step, lambda: self.structured_output.bitmasks(drawing))
-
-    def _follow_grammar(self, output: EngineCoreOutput) -> EngineCoreOutput | None:
-        """Tell a request's grammar what was drawn. Returns one more output for a request that ends without eos."""
-        grammars, request_id = self.structured_output, output.request_id
-        if request_id not in grammars:
-            return None
-        num_accepted = grammars.accept_tokens(request_id, output.new_token_ids)
-        error = grammars.error(request_id)
-        if error is None and num_accepted < len(output.new_token_ids):
-            error = f"token {output.new_token_ids[num_accepted]} was drawn, which the grammar refuses"
-        if error is not None:
-            self.scheduler.finish_request(request_id, FinishReason.ERROR)
-            output.new_token_ids = output.new_token_ids[:num_accepted]
-            output.logprobs = output.logprobs and output.logprobs[:num_accepted]
-            output.finish_reason, output.error = "error", f"structured_outputs cannot go on: {error}."
-        elif output.finish_reason is not None:
-            return None
-        elif grammars.is_terminated(request_id):  # eos with ignore_eos: nothing could follow it
-            self.scheduler.finish_request(request_id, FinishReason.STOP)
-            output.finish_reason = "stop"
-        elif grammars.is_complete(request_id) and not self._may_draw_eos(request_id):
-            self.scheduler.finish_request(request_id, FinishReason.STOP)
-            return EngineCoreOutput(
-                request_id, [], finish_reason="stop", num_cached_tokens=output.num_cached_tokens
-            )  # by itself: the token before it is text, not eos
-        return None
-
-    def _may_draw_eos(self, request_id: str) -> bool:
-        """False while min_tokens or allowed_token_ids forbid it, or where there is none."""
-        request = self.scheduler.requests[request_id]
-        params = request.sampling_params
-        allowed = None if params is None else params.allowed_token_ids
-        eos_token_ids = self.eos_token_ids if allowed is None else self.eos_token_ids.intersection(allowed)
-        return bool(eos_token_ids) and request.num_output_tokens >= request.min_tokens
 
     def _process_outputs(self, outputs: list[EngineCoreOutput]) -> list[AnyOutput]:
         processed = self.output_processor.process_outputs(outputs)
@@ -279,26 +251,43 @@ class LLMEngine:
         scheduling_policy: str = "fcfs",
         long_prefill_token_threshold: int = 0,
         batch_invariant: bool = False,
+        impl: str = "auto",
         speculative_config: dict[str, Any] | None = None,
+        tensor_parallel_size: int = 1,
+        quantization: str | None = None,
+        generation_config: str = "auto",
+        chat_template: str | Path | None = None,
         seed: int = 0,
         show_progress: bool = False,
+        reserved_memory_bytes: int = 0,
         poison: bool = False,
     ) -> LLMEngine:
-        """Find, check and load a model. The arguments are LLM's; `poison` fills unwritten cache slots with NaN (tests).
+        """Find, check and load a model. The arguments are LLM's; reserved_memory_bytes of gpu_memory_utilization's
+        share are left to others; `poison` fills unwritten cache slots with NaN (tests).
 
         Everything that can be checked without the weights is checked before they are read.
         Raises ModelNotFoundError, ConfigError.
         """
         if speculative_config is not None:
-            raise ConfigError("speculative_config must be None: not built yet.", parameter="speculative_config")
+            raise ConfigError(
+                "speculative_config must be left out: speculative decoding is not built yet.",
+                parameter="speculative_config",
+            )
+        ParallelConfig(tensor_parallel_size)
+        if impl not in IMPLS:
+            raise ConfigError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.", parameter="impl")
+        check_generation_config(generation_config)
+        template = None if chat_template is None else read_chat_template(chat_template)
         cache_config = CacheConfig(
             block_size=block_size,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             num_gpu_blocks_override=num_gpu_blocks_override,
             enable_prefix_caching=enable_prefix_caching,
+            reserved_memory_bytes=reserved_memory_bytes,
         )
         facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress)
+        check_quantization(quantization, facts.source.kind == "gguf")
         model_config = facts.model_config
         is_encoder = model_config.is_encoder
         if is_encoder:  # nothing is cached, and every token sees every other: whole prompts only
@@ -315,18 +304,21 @@ class LLMEngine:
         )
         config = EngineConfig(model_config, cache_config, scheduler_config, batch_invariant, seed)
         text_source = facts.source if tokenizer is None else resolve_model(tokenizer, show_progress=show_progress)
-        loaded_tokenizer = load_tokenizer(text_source)
-        generation_config = loader.load_generation_config(facts.source)
+        loaded_tokenizer = load_tokenizer(text_source, chat_template=template)
+        check_letters(loaded_tokenizer, facts.sentence_config)
+        generation = loader.load_generation_config(facts.source)
+        if generation_config == "vllm":  # what ends an answer is no default
+            generation = {name: value for name, value in generation.items() if name == "eos_token_id"}
         executor = Executor(
             loader.load_model(
                 facts.source,
                 facts.hf_config,
-                ModelOptions(dtype=facts.dtype, batch_invariant=batch_invariant),
+                ModelOptions(facts.dtype, batch_invariant, impl),
                 show_progress=show_progress,
             ),
             facts.dtype,
             model_config.max_model_len,
-            pooling_type=loader.load_pooling_type(facts.source, is_encoder),
+            pooling_type=facts.sentence_config.pooling_type,
             causal=not is_encoder,
             batch_invariant=batch_invariant,
             poison=poison,
@@ -339,7 +331,7 @@ class LLMEngine:
             max_num_seqs * model_config.max_model_len,
         )
         executor.initialize_kv_cache(plan)
-        return cls(config, executor, loaded_tokenizer, plan, generation_config)
+        return cls(config, executor, loaded_tokenizer, plan, generation)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -350,6 +342,7 @@ class ModelFacts:
     hf_config: Any
     dtype: torch.dtype
     model_config: ModelConfig
+    sentence_config: SentenceConfig
 
 
 def read_model_facts(
@@ -361,15 +354,37 @@ def read_model_facts(
     torch_dtype = loader.resolve_dtype(dtype, hf_config, source)
     text_config = hf_config.get_text_config()
     is_encoder = registry.is_encoder(hf_config)
+    sentence_config = read_sentence_config(source, is_encoder)
+    limit = getattr(text_config, "max_position_embeddings", None)
     model_config = ModelConfig(
         name=source.name,
         dtype=str(torch_dtype).removeprefix("torch."),
-        max_model_len=choose_max_model_len(max_model_len, getattr(text_config, "max_position_embeddings", None)),
+        max_model_len=choose_max_model_len(max_model_len, limit, sentence_config.max_seq_length),
         vocab_size=text_config.vocab_size,
         is_pooling=not registry.generates_text(hf_config),
         is_encoder=is_encoder,
+        embedding_size=text_config.hidden_size,
+        matryoshka_dimensions=_matryoshka_dimensions(hf_config),
     )
-    return ModelFacts(source, hf_config, torch_dtype, model_config)
+    return ModelFacts(source, hf_config, torch_dtype, model_config, sentence_config)
+
+
+def _matryoshka_dimensions(hf_config: Any) -> tuple[int, ...] | None:
+    """As vLLM: a list in config.json's matryoshka_dimensions, or is_matryoshka: true for every length."""
+    dimensions = getattr(hf_config, "matryoshka_dimensions", None)
+    if isinstance(dimensions, list | tuple) and dimensions:
+        return tuple(dimensions)
+    return () if getattr(hf_config, "is_matryoshka", None) is True else None
+
+
+def check_letters(tokenizer: Tokenizer | None, sentence_config: SentenceConfig) -> None:
+    """Raise ConfigError where capitals should be made small before a text is tokenised, and the tokenizer does not."""
+    if sentence_config.lower_cases and tokenizer is not None and tokenizer.encode("A") != tokenizer.encode("a"):
+        raise ConfigError(
+            "sentence_bert_config.json has do_lower_case, but the model's tokenizer tells capitals from small letters; "
+            "that is not supported.",
+            parameter="model",
+        )
 
 
 def collect_eos_token_ids(tokenizer: Tokenizer | None, generation_config: dict[str, Any]) -> frozenset[int]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from minivllm.engine.detokenizer import IncrementalDetokenizer, StopStringChecker
 from minivllm.engine.input_processor import EngineCoreRequest
+from minivllm.engine.stats import EngineStats, SequenceStats
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import InvalidRequestError
 from minivllm.outputs import (
@@ -30,6 +31,7 @@ from minivllm.outputs import (
     EngineCoreOutput,
     Logprob,
     RequestOutput,
+    SchedulerOutput,
     TokenLogprobs,
 )
 from minivllm.sampling_params import SamplingParams
@@ -63,6 +65,7 @@ class RequestState:
         stop_reason: the stop string or stop token id.
         cumulative_logprob: sum over token_ids; None when no logprobs were computed.
         error: why finish_reason is "error".
+        stats: its sizes and times.
     """
 
     def __init__(self, request: EngineCoreRequest, tokenizer: Tokenizer | None, index: int = 0):
@@ -79,9 +82,13 @@ class RequestState:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
+        self.stats = SequenceStats(
+            request.arrival_time, len(request.prompt_token_ids), request.max_tokens, is_first=index == 0
+        )
         self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop_str_in_output
-        self._tokenizer = tokenizer if params.detokenize else None
+        generates = request.sampling_params is not None  # a vector has no text to decode
+        self._tokenizer = tokenizer if params.detokenize and generates else None
         self._detokenizer: IncrementalDetokenizer | None = None
         self._checker: StopStringChecker | None = None
         if self._tokenizer is not None:
@@ -323,10 +330,17 @@ class OutputProcessor:
 
     Args:
         tokenizer: None: outputs are token ids, text stays empty.
-        clock: seconds, for RequestOutput.metrics; the same one that stamps arrival_time.
+        clock: seconds, for RequestOutput.metrics and stats; the same one that stamps arrival_time.
+        stats: is filled; None: a new one.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        clock: Callable[[], float] = time.monotonic,
+        stats: EngineStats | None = None,
+    ):
+        self.stats = stats or EngineStats()
         self._tokenizer = tokenizer
         self._clock = clock
         self._parents: dict[str, ParentRequest] = {}
@@ -335,6 +349,11 @@ class OutputProcessor:
     @property
     def num_requests(self) -> int:
         return len(self._parents)
+
+    def age_seconds(self, request_id: str) -> float:
+        """Since the request of this sequence arrived; 0 when it is not there any more."""
+        parent, _ = self._running.get(request_id, (None, None))
+        return self._clock() - parent.request.arrival_time if parent is not None else 0.0
 
     def add_request(
         self, request: EngineCoreRequest, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -351,6 +370,18 @@ class OutputProcessor:
         self._running.update((state.request_id, (parent, state)) for state in parent.states)
         return parent.children
 
+    def begin_step(self, step: SchedulerOutput) -> None:
+        """Note what a step is about to compute, for the stats."""
+        if step.total_num_scheduled_tokens:
+            self.stats.iteration_tokens.observe(step.total_num_scheduled_tokens)
+        now = self._clock() if step.scheduled_new_reqs else 0.0
+        for new in step.scheduled_new_reqs:
+            if new.request_id in self._running:  # a statistic must never be what ends the engine
+                self.stats.add_scheduled(self._running[new.request_id][1].stats, new.num_computed_tokens, now)
+        for request_id in step.preempted_req_ids:
+            if request_id in self._running:
+                self._running[request_id][1].stats.num_preemptions += 1
+
     def process_outputs(self, outputs: Iterable[EngineCoreOutput]) -> ProcessedOutputs:
         """Take one step's results. Outputs of requests that are not there any more are ignored.
 
@@ -358,29 +389,36 @@ class OutputProcessor:
         """
         processed = ProcessedOutputs([], [])
         touched: dict[str, ParentRequest] = {}
+        now = self._clock()
         for output in outputs:
             parent, state = self._running.get(output.request_id, (None, None))
             if parent is None or state is None:
                 continue
             if parent.request.sampling_params is None:
-                processed.request_outputs.append(self._embedding(parent, output))
+                processed.request_outputs.append(self._embedding(parent, state, output, now))
                 continue
             touched[parent.request.request_id] = parent
+            num_tokens = len(state.token_ids)
             try:
                 must_stop = state.update(output)
             except Exception as error:
                 state.fail(f"the output could not be processed ({type(error).__name__})")
                 must_stop = output.finish_reason is None
+            if len(state.token_ids) > num_tokens:
+                self.stats.add_tokens(state.stats, len(state.token_ids) - num_tokens, now)
             if must_stop:
                 processed.stopped_request_ids.append(output.request_id)
-            if state.is_finished:
+            if state.finish_reason is not None:
                 del self._running[output.request_id]
+                self.stats.add_finished(state.stats, state.finish_reason, now)
         for request_id, parent in touched.items():
             request_output = parent.make_output()
             if request_output is not None:
                 processed.request_outputs.append(request_output)
             if parent.is_finished:
                 del self._parents[request_id]
+                params = parent.request.sampling_params or SamplingParams()
+                self.stats.add_finished_request([state.stats for state in parent.states], params.n)
         return processed
 
     def abort_request(self, request_id: str) -> tuple[list[str], RequestOutput | None]:
@@ -398,11 +436,15 @@ class OutputProcessor:
                 state.finish("abort")
             except Exception as error:
                 state.fail(f"the output could not be processed ({type(error).__name__})")
+            self.stats.add_finished(state.stats, "abort", self._clock())
         if parent.request.sampling_params is None:
             return unfinished, None
         return unfinished, parent.make_output()
 
-    def _embedding(self, parent: ParentRequest, output: EngineCoreOutput) -> EmbeddingRequestOutput:
+    def _embedding(
+        self, parent: ParentRequest, state: RequestState, output: EngineCoreOutput, now: float
+    ) -> EmbeddingRequestOutput:
+        self.stats.add_embedding(state.stats, output.finish_reason or "error", now)
         del self._running[output.request_id]
         del self._parents[parent.request.request_id]
         return EmbeddingRequestOutput(

@@ -1,7 +1,7 @@
 """What will fit: the arithmetic of weights, cache and concurrency, before any weight is read.
 
 Uses the same functions as the engine, so that what is predicted is what is reserved.
-Knows no scheduler. Called by cli.py (`minivllm plan`). Twin in vLLM: the start-up log lines of gpu_worker.py.
+Knows no scheduler. Called by cli/models.py (`minivllm plan`). Twin in vLLM: the start-up log lines of gpu_worker.py.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minivllm.errors import ConfigError, InvalidRequestError
+from minivllm.errors import ConfigError, InvalidRequestError, show
 from minivllm.models.gguf import read_gguf
 
 if TYPE_CHECKING:
@@ -91,7 +91,22 @@ RESERVED_TEMPLATE_NAMES = frozenset(
 )
 
 
+# What transformers keeps beside the settings: where they came from, and the vocabulary itself.
+HIDDEN_SETTINGS = frozenset({"backend", "is_local", "local_files_only", "name_or_path", "tokenizer_object"})
+
+
 # ---------------------------------------------------------------------- the face
+def _plain(value: Any) -> Any:
+    """As JSON has it: a token is its text."""
+    if isinstance(value, AddedToken):
+        return value.content
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
 class Tokenizer:
     """Text <-> token ids for one model. Safe to use from several threads.
 
@@ -124,7 +139,7 @@ class Tokenizer:
         self._byte_of_char = {char: byte for byte, char in byte_alphabet().items()} if self.is_byte_level else {}
         self._bytes_of_token: dict[int, bytes] = {}  # filled as tokens are met: at most one entry per token
         self._text_of_token: dict[int, str] = {}
-        self._traits: tuple[str, TemplateTraits] | None = None
+        self._traits: dict[str, TemplateTraits] = {}  # of the templates that were used: one or two
 
     @property
     def chat_template(self) -> str | None:
@@ -132,6 +147,14 @@ class Tokenizer:
         template = self.hf_tokenizer.chat_template
         if isinstance(template, dict):  # several, by name
             return template.get("default")
+        return template
+
+    @property
+    def tool_template(self) -> str | None:
+        """The template of conversations with tools: the one that transformers takes where there are several."""
+        template = self.hf_tokenizer.chat_template
+        if isinstance(template, dict):
+            return template.get("tool_use", template.get("default"))
         return template
 
     @cached_property
@@ -146,6 +169,25 @@ class Tokenizer:
         Special tokens spelled in the text become their ids, as in transformers. The text must be valid Unicode.
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_cut(
+        self, text: str, max_tokens: int, side: str, add_special_tokens: bool = True
+    ) -> tuple[list[int], bool]:
+        """(at most max_tokens token ids of a text, whether there were more). The `side`, left or right, is cut off.
+
+        The special tokens around a prompt stay where they are: the text between them is what is cut.
+        """
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        room = max_tokens - (self.num_special_tokens if add_special_tokens else 0)
+        was_cut = len(encoding.ids) > room
+        if was_cut:
+            encoding.truncate(room, direction=side)
+        return self.backend.post_process(encoding, add_special_tokens=add_special_tokens).ids, was_cut
+
+    @property
+    def num_special_tokens(self) -> int:
+        """How many tokens every prompt has beside its text."""
+        return int(self.backend.num_special_tokens_to_add(False))
 
     def apply_chat_template(
         self,
@@ -188,12 +230,12 @@ class Tokenizer:
             raise InvalidRequestError(_template_error(error), parameter="messages") from error
         return str(text)
 
-    def template_traits(self) -> TemplateTraits:
-        """What the template expects of its messages."""
-        template = self.chat_template or ""
-        if self._traits is None or self._traits[0] != template:
-            self._traits = (template, read_template_traits(template))
-        return self._traits[1]
+    def template_traits(self, *, with_tools: bool = False) -> TemplateTraits:
+        """What the template expects of its messages; with_tools: the one for conversations with tools."""
+        template = (self.tool_template if with_tools else self.chat_template) or ""
+        if template not in self._traits:
+            self._traits[template] = read_template_traits(template)
+        return self._traits[template]
 
     # ------------------------------------------------------------------ ids -> text
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -253,6 +295,17 @@ class Tokenizer:
         """Vocabulary entries as they are spelled there (`Ġworld`); None for an id that no token has."""
         return [self.backend.id_to_token(token_id) for token_id in token_ids]
 
+    def info(self) -> dict[str, Any]:
+        """tokenizer_config.json as it came out, as plain JSON values. Nothing that is a path: those are ours."""
+        settings: dict[str, Any] = {
+            name: _plain(value)
+            for name, value in self.hf_tokenizer.init_kwargs.items()
+            if name not in HIDDEN_SETTINGS and not name.endswith("_file")
+        }
+        special = {f"{name}_token": getattr(self.hf_tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+        name = type(self.hf_tokenizer).__name__
+        return {"tokenizer_class": name, **settings, **special, "chat_template": self.chat_template}
+
     def get_vocab(self) -> dict[str, int]:
         """Vocabulary entry -> token id, added tokens included."""
         return self.backend.get_vocab(with_added_tokens=True)
@@ -299,14 +352,14 @@ class TemplateTraits:
     loops_over_content: bool = False  # or indexes it: content may be a list of parts
     tests_for_string: bool = False  # `content is string`: it may be a string all the same
     knows_developer: bool = False  # it mentions the role
+    knows_tools: bool = False  # it reads the variable
 
 
 def read_template_traits(template: str) -> TemplateTraits:
     """Look at the template's syntax tree for what it does with `content`, or with a variable set from it."""
     knows_developer = "developer" in template
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # transformers' own tag
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        tree = _parse_template(template)
     except jinja2.TemplateError:  # reported when it is rendered
         return TemplateTraits(knows_developer=knows_developer)
     names: set[str] = set()
@@ -319,7 +372,33 @@ def read_template_traits(template: str) -> TemplateTraits:
         for item in tree.find_all(nodes.Getitem)
     )
     tests = any(test.name == "string" and _is_content(test.node, names) for test in tree.find_all(nodes.Test))
-    return TemplateTraits(loops or indexes, tests, knows_developer)
+    knows_tools = any(name.name == "tools" for name in tree.find_all(nodes.Name))
+    return TemplateTraits(loops or indexes, tests, knows_developer, knows_tools)
+
+
+def _parse_template(template: str) -> nodes.Template:
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # transformers' own tag
+    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+
+
+def read_chat_template(value: str | Path) -> str:
+    """The text of a chat template: what a file holds, or the value itself when it is a template and no file's name.
+
+    Raises ConfigError, at start-up and not at the first message: no such file, no text, or no valid jinja.
+    """
+    is_text = isinstance(value, str) and ("{{" in value or "{%" in value)
+    try:
+        template = str(value) if is_text else Path(value).read_text(encoding="utf-8")
+        _parse_template(template)
+    except OSError as error:
+        reason = f"cannot read {show(str(value))}: {error.strerror}"
+    except UnicodeDecodeError:
+        reason = f"{show(str(value))} is not UTF-8 text"
+    except jinja2.TemplateSyntaxError as error:
+        reason = f"line {error.lineno}: {error.message}"
+    else:
+        return template
+    raise ConfigError(f"chat_template must be a jinja template or a file with one: {reason}.", parameter="chat_template")
 
 
 def _is_content(node: nodes.Node | None, names: set[str]) -> bool:

@@ -6,12 +6,12 @@ Called by the endpoints. Twin in vLLM: none.
 from __future__ import annotations
 
 import time
-import uuid
 from typing import Any
 
-from flask import Response
+from flask import Response, request
 
 from minivllm.entrypoints.protocol import to_json
+from minivllm.entrypoints.request_ids import request_id_of
 from minivllm.entrypoints.service import Service
 
 
@@ -20,12 +20,12 @@ def json_response(value: Any, headers: dict[str, str] | None = None, status: int
 
 
 class Envelope:
-    """id, time and model: the same in every chunk of one answer."""
+    """id, time and model: the same in every chunk of one answer. Made inside the call, whose id it takes."""
 
-    def __init__(self, service: Service, prefix: str):
-        self._id = f"{prefix}-{uuid.uuid4().hex[:16]}"
+    def __init__(self, service: Service, prefix: str, model: str | None = None):
+        self._id = f"{prefix}-{request_id_of(request.environ)}"
         self._created = int(time.time())
-        self._model = service.model_names[0]
+        self._model = model or service.model_names[0]
 
     def open(self, kind: str) -> dict[str, Any]:
         """The fields in front."""

@@ -12,7 +12,8 @@ from flask import Response
 
 from minivllm.entrypoints import logprobs, sse
 from minivllm.entrypoints.answers import Envelope, json_response
-from minivllm.entrypoints.generation import IsGone, Usage, clamped_header, collect, start_job
+from minivllm.entrypoints.generation import IsGone, Usage, collect, job_headers, start_job
+from minivllm.entrypoints.output_format import field_of, from_body, naming
 from minivllm.entrypoints.protocol import ChatRequest
 from minivllm.entrypoints.service import Service
 from minivllm.entrypoints.turn import (
@@ -33,24 +34,34 @@ def create_chat_completion(service: Service, body: ChatRequest, is_gone: IsGone)
     """Raises ClientError, ServerError before anything is sent."""
     sse.check_stream_options(body.stream, body.stream_options)
     num_top = _num_top_logprobs(body)
-    turn = begin_turn(
-        service,
-        body.messages,
-        documents=body.documents,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-        add_special_tokens=bool(body.add_special_tokens),
-        chat_template_kwargs=body.chat_template_kwargs,
-    )
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    wanted = {**turn.sampling_fields, "max_tokens": max_tokens, "logprobs": num_top}
-    job = start_job(service, body, [turn.prompt], "messages", is_gone, **wanted)
-    headers = clamped_header(job, body)
+    with naming(field_of(body) or ("tools" if body.tools else None)):
+        turn = _begin_turn(service, body)
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        wanted = {**turn.sampling_fields, "max_tokens": max_tokens, "logprobs": num_top}
+        job = start_job(service, body, [turn.prompt], "messages", is_gone, **wanted)
+    headers = job_headers(job, body)
     writer = ChatWriter(service, body, turn, job.requests[0].prompt_token_ids, num_top or 0)
     if body.stream:
         return sse.stream_response(job, writer, body.stream_options, headers)
     usage = Usage(job, dict(enumerate(collect(job))))
     return json_response(writer.whole(usage), headers)
+
+
+def _begin_turn(service: Service, body: ChatRequest) -> Turn:
+    return begin_turn(
+        service,
+        body.messages,
+        tools=[tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        structured_outputs=from_body(body),
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        add_special_tokens=bool(body.add_special_tokens),
+        chat_template_kwargs=body.chat_template_kwargs,
+        may_be_cut=body.truncate_prompt_tokens is not None,
+    )
 
 
 def _num_top_logprobs(body: ChatRequest) -> int | None:
@@ -140,6 +151,8 @@ class ChatWriter:
             if not is_last and news.logprobs is None and not self._with_token_ids:
                 return []
             deltas = [{} if is_last else {"content": ""}]
+        elif is_last and "tool_calls" in deltas[-1]:
+            deltas.append({})
         choices: list[dict[str, Any]]
         choices = [{"index": news.index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
         choices[-1]["logprobs"] = self._logprobs(news)
@@ -164,8 +177,9 @@ def _message_body(message: Message) -> dict[str, Any]:
     body |= {"audio": None, "function_call": None, "reasoning": message.reasoning or None}
     if message.reasoning:
         body["reasoning_content"] = message.reasoning  # the older name
-    if message.tool_calls:
+    if message.tool_calls or message.reasoning:
         body["content"] = message.content or None
+    if message.tool_calls:
         body["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls

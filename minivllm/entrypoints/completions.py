@@ -16,7 +16,7 @@ from flask import Response
 
 from minivllm.entrypoints import logprobs, sse
 from minivllm.entrypoints.answers import Envelope, json_response
-from minivllm.entrypoints.generation import IsGone, Usage, clamped_header, collect, start_job
+from minivllm.entrypoints.generation import IsGone, Usage, collect, job_headers, start_job
 from minivllm.entrypoints.protocol import CompletionRequest, prompts_of
 from minivllm.entrypoints.service import Service
 from minivllm.errors import InvalidRequestError
@@ -29,14 +29,6 @@ def create_completion(service: Service, body: CompletionRequest, is_gone: IsGone
     """Raises ClientError, ServerError before anything is sent."""
     sse.check_stream_options(body.stream, body.stream_options)
     prompts = prompts_of(body.prompt, "prompt")
-    if body.add_special_tokens is False:
-        processor = service.engine.engine.input_processor
-        prompts = [
-            {"prompt": prompt, "prompt_token_ids": processor.encode_text(prompt, False)}
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in prompts
-        ]
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     only_echo = max_tokens == 0 and bool(body.echo)
     wanted = {"max_tokens": 1 if only_echo else max_tokens}
@@ -45,7 +37,7 @@ def create_completion(service: Service, body: CompletionRequest, is_gone: IsGone
             raise InvalidRequestError("prompt_logprobs must equal logprobs with echo.", parameter="prompt_logprobs")
         wanted["prompt_logprobs"] = body.logprobs
     job = start_job(service, body, prompts, "prompt", is_gone, **wanted)
-    headers = clamped_header(job, body)
+    headers = job_headers(job, body)
     writer = CompletionWriter(service, body, only_echo)
     if body.stream:
         return sse.stream_response(job, writer, body.stream_options, headers)

@@ -19,59 +19,98 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from minivllm.engine.async_engine import RequestStream
+from minivllm.engine.async_engine import AsyncEngine, RequestStream
 from minivllm.engine.input_processor import EngineCoreRequest
-from minivllm.entrypoints.protocol import SAMPLING_FIELDS, GenerationBody
+from minivllm.entrypoints.output_format import field_of, from_body, naming
+from minivllm.entrypoints.protocol import SAMPLING_FIELDS, GenerationBody, VectorBody
 from minivllm.entrypoints.service import ClientGoneError, Service, ShuttingDownError
-from minivllm.errors import ClientError, InvalidRequestError, ServerError
+from minivllm.errors import ClientError, InvalidRequestError, OverloadedError, ServerError
 from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
 from minivllm.sample.beam_search import beam_search
 from minivllm.sampling_params import BeamSearchParams, SamplingParams
 
 Outputs = Iterator[tuple[int, Any] | None]
 IsGone = Callable[[], bool]
-# Beams read these; every other sampling field would have no effect and is refused.
+# What beams do not read. The first change how a token is drawn: beams draw none, so the answer is one without them, and
+# its header names them. The others say what an answer must hold: without them it would be a wrong one.
+DRAWING_FIELDS = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"}
+    | {"stop", "logprobs", "spaces_between_special_tokens"}
+)
 BEAM_FIELDS = frozenset(
-    {"n", "best_of", "max_tokens", "temperature", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
+    {"n", "best_of", "max_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
 )
 
 
 # ------------------------------------------------------------------ sampling
 class Job:
-    """The prompts of one call, all of them queued or none. Raises ClientError, ServerError.
+    """The prompts of one call, all of them checked before one is queued. Raises ClientError, ServerError.
 
     Args:
         params: None for embeddings.
-        prompt_parameter: what the caller calls a prompt; errors about it name that.
-        options: priority, cache_salt; embed=True.
+        prompt_parameter: what the caller calls a prompt, or each of them; errors about it name that.
+        engine: None: the generating one.
+        max_queued: so many of them are in the engine at a time, and the others follow as there is room: a call may
+            hold more than the queue. None: all at once, or the call is refused.
+        options: LLMEngine.process_input's.
     """
+
+    ignored: Sequence[str] = ()  # fields that were set and change nothing here
 
     def __init__(
         self,
         service: Service,
         prompts: Sequence[Any],
         params: SamplingParams | None,
-        prompt_parameter: str,
+        prompt_parameter: str | Sequence[str],
         is_gone: IsGone,
+        engine: AsyncEngine | None = None,
+        max_queued: int | None = None,
         **options: Any,
     ):
         self._service = service
         self._is_gone = is_gone
-        changed = threading.Condition()
-        with contextlib.ExitStack() as queued, _naming(prompt_parameter):
-            self._streams: list[RequestStream] = []
-            for prompt in prompts:
-                stream = service.engine.submit(prompt, params, changed=changed, **options)
-                self._streams.append(queued.enter_context(stream))
+        self._engine = engine or service.engine
+        self._max_queued = max_queued
+        self._changed = threading.Condition()
+        self._engine.check_room()  # before anything is tokenised
+        names = [prompt_parameter] * len(prompts) if isinstance(prompt_parameter, str) else prompt_parameter
+        self.requests: list[EngineCoreRequest] = []
+        for prompt, name in zip(prompts, names, strict=True):
+            with _naming(name):
+                self.requests.append(self._engine.engine.process_input(prompt, params, **options))
+        self._streams: list[RequestStream] = []
+        with contextlib.ExitStack() as queued:
+            for _ in self.requests[:max_queued]:
+                if not self._queue_next(must=max_queued is None or not self._streams):
+                    break
+                queued.enter_context(self._streams[-1])
             queued.pop_all()
-        self._changed = changed
-        self.requests = [stream.core_request for stream in self._streams]
+
+    def _queue_next(self, *, must: bool) -> bool:
+        """False when the queue is full. must: then raise OverloadedError."""
+        try:
+            request = self.requests[len(self._streams)]
+            self._streams.append(self._engine.submit_processed(request, self._changed))
+        except OverloadedError:
+            if must:
+                raise
+            return False
+        return True
+
+    def _refill(self, waiting: dict[int, RequestStream]) -> None:
+        """Queue more while there are any and there is room for them."""
+        while len(self._streams) < len(self.requests) and len(waiting) < (self._max_queued or len(self.requests)):
+            if not self._queue_next(must=False):
+                return
+            waiting[len(self._streams) - 1] = self._streams[-1]
 
     def outputs(self) -> Outputs:
         """The newest output of each prompt whenever there is one. Raises ClientGoneError, ServerError."""
         waiting = dict(enumerate(self._streams))
         try:
-            while waiting:
+            while waiting or len(self._streams) < len(self.requests):
+                self._refill(waiting)
                 ready = self._wait(list(waiting.items()))
                 if not ready:
                     yield None
@@ -86,7 +125,7 @@ class Job:
             self.close()
 
     def _wait(self, waiting: list[tuple[int, RequestStream]]) -> list[int]:
-        """The prompts that have something new; [] when a keep-alive is due."""
+        """The prompts that have something new; [] when a keep-alive is due, or when there is nobody to wait for."""
         deadline = time.monotonic() + self._service.config.keep_alive_seconds
         while True:
             with self._changed:
@@ -96,7 +135,7 @@ class Job:
             if self._service.aborting.is_set():
                 raise ShuttingDownError("The server is shutting down.")
             ready = [index for index, stream in waiting if stream.has_news]
-            if ready or time.monotonic() >= deadline:
+            if ready or not waiting or time.monotonic() >= deadline:
                 return ready
 
     def close(self) -> None:
@@ -138,13 +177,15 @@ class BeamJob:
         num_returned: int,
         prompt_parameter: str,
         is_gone: IsGone,
+        ignored: Sequence[str],
         **options: Any,
     ):
         self._service = service
         self._params = params
+        self.ignored = ignored
         self._num_returned = num_returned
         self._is_gone = is_gone
-        self._options = options
+        self._beam_options = {name: options[name] for name in ("priority", "cache_salt") if name in options}
         service.engine.check_room()
         check = SamplingParams(temperature=0.0, max_tokens=params.max_tokens)
         with _naming(prompt_parameter):
@@ -165,7 +206,7 @@ class BeamJob:
         step.logprobs = 2 * params.beam_width  # beyond what a caller may ask for
 
         def expand(sequences: Sequence[list[int]]) -> list[dict[int, Logprob]]:
-            job = Job(self._service, list(sequences), step, "prompt", self._is_gone, **self._options)
+            job = Job(self._service, list(sequences), step, "prompt", self._is_gone, **self._beam_options)
             found = collect(job)
             return [output.outputs[0].logprobs[0] for output in found]
 
@@ -202,34 +243,59 @@ def start_job(
     is_gone: IsGone,
     **overrides: Any,
 ) -> AnyJob:
-    """Queue what a body asks for. overrides: sampling fields that the wire spells differently."""
+    """Queue what a body asks for. Raises ClientError, before anything is sent.
+
+    overrides: sampling fields that the wire spells differently, or that the caller knows better than the body:
+    structured_outputs among them replaces the body's own form of the answer.
+    """
+    with naming(None if "structured_outputs" in overrides else field_of(body)):
+        wanted = {"structured_outputs": from_body(body), **overrides}
+        return _start(service, body, prompts, prompt_parameter, is_gone, wanted)
+
+
+def _start(
+    service: Service,
+    body: GenerationBody,
+    prompts: Sequence[Any],
+    prompt_parameter: str,
+    is_gone: IsGone,
+    overrides: dict[str, Any],
+) -> AnyJob:
     fields = {name: getattr(body, name) for name in SAMPLING_FIELDS & type(body).model_fields.keys()}
     fields = {name: value for name, value in {**fields, **overrides}.items() if value is not None}
     fields.setdefault("max_tokens", None)
     if "logit_bias" in fields:
         fields["logit_bias"] = _by_token_id(fields["logit_bias"])
-    if body.use_beam_search:  # beams take the likeliest tokens at any temperature, also at 0, where samples are equal
-        SamplingParams(temperature=fields.pop("temperature", 1.0))
+    if body.use_beam_search and fields.get("temperature") == 0:  # one sample is like the other; beams are not
         fields["temperature"] = 1.0
     params = service.engine.engine.input_processor.default_sampling_params(**fields)
+    service.check_logprobs(params)
     if body.stream and params.num_candidates > params.n and not body.use_beam_search:
         raise InvalidRequestError("best_of must not be more than n in a stream.", parameter="best_of")
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequestError("prompt_logprobs cannot be streamed.", parameter="prompt_logprobs")
-    options = {"priority": body.priority or 0, "cache_salt": body.cache_salt}
+    options = prompt_options(body)
     if not body.use_beam_search:
         if body.length_penalty not in (None, 1.0):
             raise InvalidRequestError("length_penalty needs use_beam_search.", parameter="length_penalty")
         return Job(service, prompts, params, prompt_parameter, is_gone, **options)
-    beam_params = _beam_params(params, fields, body.length_penalty)
-    return BeamJob(service, prompts, beam_params, params.n, prompt_parameter, is_gone, **options)
+    beam_params = _beam_params(params, body.length_penalty)
+    return BeamJob(
+        service, prompts, beam_params, params.n, prompt_parameter, is_gone, _ignored_by_beams(fields), **options
+    )
 
 
-def _beam_params(params: SamplingParams, fields: dict[str, Any], length_penalty: float | None) -> BeamSearchParams:
+def _ignored_by_beams(fields: dict[str, Any]) -> list[str]:
+    """Fields of drawing that were set. Raises InvalidRequestError for one that beams would have to obey."""
     defaults = SamplingParams()
-    for name in sorted(fields.keys() - BEAM_FIELDS):
-        if fields[name] != getattr(defaults, name):
+    given = sorted(name for name in fields.keys() - BEAM_FIELDS if fields[name] != getattr(defaults, name))
+    for name in given:
+        if name not in DRAWING_FIELDS:
             raise InvalidRequestError(f"{name} has no effect on beams: leave it out.", parameter=name)
+    return given
+
+
+def _beam_params(params: SamplingParams, length_penalty: float | None) -> BeamSearchParams:
     return BeamSearchParams(
         beam_width=params.num_candidates,
         max_tokens=2**31 - 1 if params.max_tokens is None else params.max_tokens,
@@ -250,8 +316,35 @@ def _by_token_id(logit_bias: dict[str, float]) -> dict[int, float]:
     return {int(name): bias for name, bias in logit_bias.items()}
 
 
-def clamped_header(job: AnyJob, body: GenerationBody) -> dict[str, str]:
-    """Less than what was asked for is generated: said, not hidden."""
+def prompt_options(body: GenerationBody | VectorBody) -> dict[str, Any]:
+    """How a prompt is to be taken. Special tokens of a chat are its template's: its prompt comes as token ids."""
+    return {
+        "priority": body.priority or 0,
+        "cache_salt": body.cache_salt,
+        "add_special_tokens": body.add_special_tokens is not False,
+        "truncate_prompt_tokens": body.truncate_prompt_tokens,
+        "truncation_side": body.truncation_side,
+    }
+
+
+def job_headers(job: AnyJob, body: GenerationBody) -> dict[str, str]:
+    """What of the request was not taken as it stood: said, not hidden."""
+    ignored = {"X-Minivllm-Ignored": ", ".join(job.ignored)} if job.ignored else {}
+    return _clamped_header(job, body) | truncated_header(job) | ignored
+
+
+def truncated_header(job: AnyJob) -> dict[str, str]:
+    """Prompts were cut, as was asked for: to how many tokens."""
+    lengths = sorted({request.truncated_to for request in job.requests if request.truncated_to is not None})
+    if not lengths:
+        return {}
+    num_cut = sum(request.truncated_to is not None for request in job.requests)
+    logging.getLogger(__name__).info("%d of %d prompts were cut to %s tokens", num_cut, len(job.requests), lengths)
+    return {"X-Minivllm-Truncated": ", ".join(f"prompt_tokens={length}" for length in lengths[:8])}
+
+
+def _clamped_header(job: AnyJob, body: GenerationBody) -> dict[str, str]:
+    """Less than what was asked for is generated."""
     if body.max_tokens is None and getattr(body, "max_completion_tokens", None) is None:
         return {}
     limits = sorted({request.max_tokens for request in job.requests if request.max_tokens_clamped})

@@ -4,7 +4,8 @@ In completions' top_logprobs the keys are texts, and two tokens may have one tex
 is named by its bytes or, at last, by its id, so that no entry hides another. Evaluation harnesses compare the token's
 own logprob with the largest of them for equality, so both are the same number.
 
-Knows no HTTP. Called by chat.py and completions.py. Twin in vLLM: vllm/entrypoints/openai/engine/serving.py.
+Knows no HTTP. Called by chat.py, completions.py and run_batch.py. Twin in vLLM:
+vllm/entrypoints/openai/engine/serving.py.
 """
 
 from __future__ import annotations

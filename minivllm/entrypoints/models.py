@@ -16,7 +16,9 @@ from minivllm.version import __version__
 
 
 def list_models(service: Service) -> Response:
-    return json_response({"object": "list", "data": [_card(service, name) for name in service.model_names]})
+    """Every name of every model."""
+    names = (*service.model_names, *service.embedding_model_names)
+    return json_response({"object": "list", "data": [_card(service, name) for name in names]})
 
 
 def get_model(service: Service, name: str) -> Response:
@@ -26,7 +28,7 @@ def get_model(service: Service, name: str) -> Response:
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
-    model = service.engine.engine.config.model
+    model = service.engine_named(name).engine.config.model
     permission = {
         "id": "modelperm-0",
         "object": "model_permission",
@@ -71,6 +73,11 @@ def show_alive() -> Response:
     return json_response({"status": "ok"})
 
 
+def show_load(service: Service) -> Response:
+    """How much there is to do: requests that run or wait."""
+    return json_response({"server_load": sum(engine.num_unfinished_requests for engine in service.engines)})
+
+
 def show_version() -> Response:
     return json_response({"version": __version__})
 
@@ -84,6 +91,7 @@ def show_capabilities(service: Service) -> Response:
             "model": service.model_names[0],
             "generates_text": not model.is_pooling,
             "embeds": True,
+            "embedding_model": service.names_of(service.embedding_engine)[0],
             "max_model_len": model.max_model_len,
             "endpoints": fields,
             "unknown_fields": "ignored, and named in the header X-Minivllm-Ignored",

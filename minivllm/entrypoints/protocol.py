@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,26 +27,19 @@ from minivllm.sampling_params import SamplingParams
 
 MAX_JSON_DEPTH = 128
 MAX_PROMPTS = 256  # in one call
+MAX_EMBEDDING_INPUTS = 2048  # as many as OpenAI takes and its clients send
 
 # Accepted because clients send them; they change nothing in an answer.
 NO_OP_FIELDS = frozenset(
     {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
-    | {"safety_identifier", "prediction", "verbosity", "reasoning_effort", "parallel_tool_calls", "request_id"}
+    | {"safety_identifier", "prediction", "verbosity", "reasoning_effort", "request_id"}
+    | {"guided_decoding_backend"}  # which library reads a grammar is no part of what it means
 )
 # Not built: 400 naming the field, unless it is off (null, false, or one of these values).
 REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "tools": (),
-        "tool_choice": ("none",),
         "functions": (),
         "function_call": ("none",),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "guided_decoding_backend": (),
         "guided_whitespace_pattern": (),
         "chat_template": (),
         "prompt_embeds": (),
@@ -57,8 +50,6 @@ REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "web_search_options": (),
         "logprob_token_ids": (),
         "return_tokens_as_token_ids": (),
-        "truncate_prompt_tokens": (),
-        "truncation_side": (),
         "stream_interval": (1,),
         "thinking_token_budget": (),
         "repetition_detection": (),
@@ -82,20 +73,23 @@ class StreamOptions(BaseModel):
 
 
 class Body(BaseModel):
-    """What every request may hold."""
+    """What every request may hold.
+
+    refused: fields that other endpoints have and this one has not, as in REFUSED_FIELDS.
+    instead: what such a field is called here.
+    echoed: fields that come back in the answer and change nothing else.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    echoed: ClassVar[frozenset[str]] = frozenset()
     model: str | None = None
 
 
-class GenerationBody(Body):
-    """What chat and completions share; null means the default."""
+class SamplingBody(Body):
+    """How one answer is drawn, whichever endpoint is asked for it; null means the default."""
 
-    n: int | None = None
-    best_of: int | None = None
-    use_beam_search: bool | None = None
-    length_penalty: float | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -111,16 +105,53 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    # The form of the answer; output_format.py knows what is in these.
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+
+class GenerationBody(SamplingBody):
+    """What chat and completions share."""
+
+    n: int | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None  # -1: as many as fit
+    truncation_side: Literal["left", "right"] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class FunctionDefinition(BaseModel):
+    """parameters: a JSON schema of an object; none: the function takes no argument. strict: always so, here."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """What a model may call. Further keys are the chat template's."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    type: Literal["function"]
+    function: FunctionDefinition
 
 
 class ChatRequest(GenerationBody):
@@ -134,6 +165,9 @@ class ChatRequest(GenerationBody):
     continue_final_message: bool | None = None
     documents: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(GenerationBody):
@@ -144,13 +178,110 @@ class CompletionRequest(GenerationBody):
     echo: bool | None = None
 
 
-class EmbeddingRequest(Body):
-    """POST /v1/embeddings."""
+class TextConfig(BaseModel):
+    """`text` of the Responses API. format: output_format.py knows what is in it. verbosity has no effect."""
 
-    input: str | list[Any]
-    encoding_format: Literal["float", "base64"] | None = None
+    model_config = ConfigDict(strict=True, extra="forbid")
+    format: dict[str, Any] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ResponsesStreamOptions(BaseModel):
+    """Nothing is padded here. Usage is always in the last event."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesRequest(SamplingBody):
+    """POST /v1/responses."""
+
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        dict.fromkeys(("background", "background_options", "conversation", "prompt", "context_management"), ())
+        | dict.fromkeys(("moderation", "image", "access_programs", "messages", "max_tokens"), ())
+        | dict.fromkeys(("max_completion_tokens", "response_format", "logprobs", "prompt_logprobs"), ())
+        | dict.fromkeys(("return_token_ids", "continue_final_message", "use_beam_search", "documents"), ())
+        | dict.fromkeys(("truncate_prompt_tokens", "truncation_side", "add_special_tokens", "echo"), ())
+        | {"n": (1,), "best_of": (1,), "length_penalty": (1.0,), "add_generation_prompt": (True,)}
+    )
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "messages": "input",
+            "conversation": "previous_response_id",
+            "max_tokens": "max_output_tokens",
+            "max_completion_tokens": "max_output_tokens",
+            "response_format": "text.format",
+            "truncate_prompt_tokens": "truncation",
+            "logprobs": 'include: ["message.output_text.logprobs"] and top_logprobs',
+        }
+    )
+    echoed: ClassVar[frozenset[str]] = frozenset(
+        {"metadata", "user", "service_tier", "reasoning", "max_tool_calls", "safety_identifier", "prompt_cache_key"}
+    )
+
+    input: str | list[Any] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    store: bool | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    reasoning: dict[str, Any] | None = None
+    max_tool_calls: int | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def as_generation(self) -> GenerationBody:
+        """How the answer is drawn, as the other endpoints have it."""
+        shared = {name: getattr(self, name) for name in SamplingBody.model_fields}
+        return GenerationBody(**shared, max_tokens=self.max_output_tokens)
+
+
+class VectorBody(Body):
+    """What embeddings and scores share. Vectors always have length 1; nobody else's are made."""
+
     priority: int | None = None
     cache_salt: str | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    use_activation: Literal[True] | None = None
+    normalize: Literal[True] | None = None  # its older name
+
+
+class EmbeddingRequest(VectorBody):
+    """POST /v1/embeddings."""
+
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {"messages": (), "embed_dtype": ("float32",), "endianness": ("little",), "padding": ()}
+    )
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType({"messages": "input"})
+
+    input: str | list[Any]
+    encoding_format: Literal["float", "base64"] | None = None  # base64: of little-endian float32
+    dimensions: int | None = None
+
+
+class ScoreRequest(VectorBody):
+    """POST /v1/score: one pair of these, text_1 with text_2 and so on."""
+
+    text_1: str | list[Any] | None = None
+    text_2: str | list[Any] | None = None
+    queries: str | list[Any] | None = None
+    documents: str | list[Any] | None = None
+    items: str | list[Any] | None = None
+    data_1: str | list[Any] | None = None
+    data_2: str | list[Any] | None = None
 
 
 class TokenizeRequest(Body):
@@ -175,7 +306,9 @@ BODIES: Mapping[str, type[Body]] = MappingProxyType(
     {
         "/v1/chat/completions": ChatRequest,
         "/v1/completions": CompletionRequest,
+        "/v1/responses": ResponsesRequest,
         "/v1/embeddings": EmbeddingRequest,
+        "/v1/score": ScoreRequest,
         "/tokenize": TokenizeRequest,
         "/detokenize": DetokenizeRequest,
     }
@@ -185,9 +318,9 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 def field_states(kind: type[Body]) -> dict[str, str]:
     """Field -> implemented, no-op or refused. Every other field is ignored, and named in the answer's headers."""
-    states = dict.fromkeys(sorted(REFUSED_FIELDS), "refused")
+    states = dict.fromkeys(sorted({*REFUSED_FIELDS, *kind.refused}), "refused")
     states |= dict.fromkeys(sorted(NO_OP_FIELDS), "no-op")
-    return states | dict.fromkeys(kind.model_fields, "implemented")
+    return states | {name: "no-op" if name in kind.echoed else "implemented" for name in kind.model_fields}
 
 
 # ------------------------------------------------------------------ requests
@@ -198,13 +331,15 @@ def parse(kind: type[AnyBody], fields: dict[str, Any]) -> tuple[AnyBody, list[st
     except ValidationError as error:
         raise _invalid(error) from None
     unknown = []
+    refused = {**REFUSED_FIELDS, **kind.refused}
     for name, value in (body.model_extra or {}).items():
         if name in NO_OP_FIELDS or value is None:
             continue
-        if name not in REFUSED_FIELDS:
+        if name not in refused:
             unknown.append(name)
-        elif value is not False and value not in REFUSED_FIELDS[name]:
-            raise InvalidRequestError(f"{name} is not supported here: leave it out.", parameter=name)
+        elif value is not False and value not in refused[name]:
+            advice = f"use {kind.instead[name]}" if name in kind.instead else "leave it out"
+            raise InvalidRequestError(f"{name} is not supported here: {advice}.", parameter=name)
     return body, unknown
 
 
@@ -286,7 +421,7 @@ def _too_deep() -> InvalidRequestError:
     return InvalidRequestError(f"The body must be nested at most {MAX_JSON_DEPTH} deep.")
 
 
-def prompts_of(value: str | list[Any], parameter: str) -> list[Any]:
+def prompts_of(value: str | list[Any], parameter: str, max_prompts: int = MAX_PROMPTS) -> list[Any]:
     """str, [str], [int] or [[int]] as a list of prompts."""
     if isinstance(value, str):
         return [value]
@@ -294,9 +429,9 @@ def prompts_of(value: str | list[Any], parameter: str) -> list[Any]:
         raise InvalidRequestError(f"{parameter} must not be empty.", parameter=parameter)
     if all(type(item) is int for item in value):
         return [value]
-    if len(value) > MAX_PROMPTS:
+    if len(value) > max_prompts:
         raise InvalidRequestError(
-            f"{parameter} must hold at most {MAX_PROMPTS} prompts, got {len(value)}.", parameter=parameter
+            f"{parameter} must hold at most {max_prompts} prompts, got {len(value)}.", parameter=parameter
         )
     if not all(isinstance(item, str | list) for item in value):
         raise InvalidRequestError(

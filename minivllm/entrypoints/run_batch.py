@@ -6,13 +6,12 @@ All good lines run together on the engine; a bad line is answered with an error 
 understood is an error too, unless it is off (null, false): nothing is ignored silently. Nobody compares custom_ids:
 two lines with the same one get an answer each.
 
-Knows no HTTP and no file. Called by cli.py. Twin in vLLM: vllm/entrypoints/openai/run_batch.py.
+Knows no HTTP and no file. Called by cli/batch.py. Twin in vLLM: vllm/entrypoints/openai/run_batch.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import time
 import uuid
@@ -20,8 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from minivllm.engine.llm_engine import LLMEngine
+from minivllm.entrypoints import logprobs
 from minivllm.errors import InvalidRequestError, MiniVLLMError, ServerError
-from minivllm.outputs import EmbeddingRequestOutput, Logprob, RequestOutput
+from minivllm.outputs import EmbeddingRequestOutput, RequestOutput
 from minivllm.sampling_params import SamplingParams
 
 Answer = dict[str, Any]
@@ -41,33 +41,47 @@ class BatchRequest:
     build: Callable[[Any], dict[str, Any]]
 
 
-def run_batch_lines(engine: LLMEngine, lines: list[str], on_progress: Callable[[int, int], None]) -> list[Answer]:
-    """Answer every non-empty line. Never raises for a bad line."""
+def run_batch_lines(
+    engine: LLMEngine,
+    lines: list[str],
+    on_progress: Callable[[int, int], None],
+    on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
+) -> list[Answer]:
+    """Answer every non-empty line; returns the answers in their order. Never raises for a bad line.
+
+    on_progress: called with (answers, lines). on_answer: with each answer as soon as it is there, and its line's place.
+    """
     answers: list[Answer] = []
-    running: dict[str, tuple[Answer, BatchRequest]] = {}
-    for line in (line for line in lines if line.strip()):
-        answer: Answer = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": None, "response": None, "error": None}
-        answers.append(answer)
-        try:
-            request = parse_line(engine, line, answer)
-            options = {"embed": True} if request.sampling_params is None else {}
-            request_id = engine.add_request(request.prompt, request.sampling_params, **options)
-        except MiniVLLMError as error:
-            _fail(answer, error)
-            continue
-        running[request_id] = (answer, request)
-    on_progress(len(answers) - len(running), len(answers))
+    running: dict[str, tuple[int, BatchRequest]] = {}
     try:
+        for line in (line for line in lines if line.strip()):
+            answer: Answer = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": None, "response": None, "error": None}
+            answers.append(answer)
+            try:
+                request_id, request = _queue(engine, line, answer)
+                running[request_id] = (len(answers) - 1, request)
+            except MiniVLLMError as error:
+                _fail(answer, error)
+                on_answer(len(answers) - 1, answer)
+        on_progress(len(answers) - len(running), len(answers))
         while running:
             for output in engine.step():
                 if output.finished and output.request_id in running:
-                    answer, request = running.pop(output.request_id)
-                    _succeed(answer, request, output)
+                    index, request = running.pop(output.request_id)
+                    _succeed(answers[index], request, output)
+                    on_answer(index, answers[index])
                     on_progress(len(answers) - len(running), len(answers))
     finally:  # an interrupt must not leave requests behind
         for request_id in running:
             engine.abort_request(request_id)
     return answers
+
+
+def _queue(engine: LLMEngine, line: str, answer: Answer) -> tuple[str, BatchRequest]:
+    """Raises MiniVLLMError."""
+    request = parse_line(engine, line, answer)
+    options = {"embed": True} if request.sampling_params is None else {}
+    return engine.add_request(request.prompt, request.sampling_params, **options), request
 
 
 def parse_line(engine: LLMEngine, line: str, answer: Answer) -> BatchRequest:
@@ -104,11 +118,11 @@ def _chat(engine: LLMEngine, body: dict[str, Any]) -> BatchRequest:
     return BatchRequest(prompt, params, lambda output: _chat_body(engine, output, params.logprobs or 0))
 
 
-def _num_chat_logprobs(logprobs: Any, top_logprobs: Any) -> int | None:
+def _num_chat_logprobs(wanted: Any, top_logprobs: Any) -> int | None:
     """Chat says in two fields what SamplingParams says in one."""
-    if logprobs is not None and not isinstance(logprobs, bool):
-        raise InvalidRequestError(f"logprobs must be true or false, got {logprobs!r}.", parameter="logprobs")
-    if logprobs:
+    if wanted is not None and not isinstance(wanted, bool):
+        raise InvalidRequestError(f"logprobs must be true or false, got {wanted!r}.", parameter="logprobs")
+    if wanted:
         return 0 if top_logprobs is None else top_logprobs
     if top_logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs: true.", parameter="top_logprobs")
@@ -199,7 +213,9 @@ def _chat_body(engine: LLMEngine, output: RequestOutput, num_top_logprobs: int) 
         {
             "index": completion.index,
             "message": {"role": "assistant", "content": completion.text},
-            "logprobs": _chat_logprobs(completion.token_ids, completion.logprobs, num_top_logprobs),
+            "logprobs": logprobs.chat_logprobs(
+                engine.tokenizer, completion.token_ids, completion.logprobs, num_top_logprobs
+            ),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
@@ -208,62 +224,22 @@ def _chat_body(engine: LLMEngine, output: RequestOutput, num_top_logprobs: int) 
     return _envelope(engine, "chat.completion", "chatcmpl", choices, output)
 
 
-def _chat_logprobs(
-    token_ids: list[int], logprobs: list[dict[int, Logprob]] | None, num_top_logprobs: int
-) -> dict[str, Any] | None:
-    """As vLLM: the sampled token first among the top ones, and never more of them than were asked for."""
-    if logprobs is None:
-        return None
-
-    def entry(logprob: Logprob) -> dict[str, Any]:
-        text = logprob.decoded_token or ""
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode("utf-8", "replace"))}
-
-    content = []
-    for token_id, position in zip(token_ids, logprobs, strict=True):
-        top = [entry(logprob) for logprob in list(position.values())[:num_top_logprobs]]
-        content.append({**entry(position[token_id]), "top_logprobs": top})
-    return {"content": content}
-
-
 def _completions_body(engine: LLMEngine, output: RequestOutput) -> dict[str, Any]:
     choices = [
         {
             "index": completion.index,
             "text": completion.text,
-            "logprobs": _completion_logprobs(completion.token_ids, completion.logprobs),
+            "logprobs": logprobs.completion_logprobs(
+                engine.tokenizer,
+                completion.token_ids,
+                None if completion.logprobs is None else list[logprobs.Position | None](completion.logprobs),
+            ),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
         for completion in output.outputs
     ]
     return _envelope(engine, "text_completion", "cmpl", choices, output)
-
-
-def _completion_logprobs(token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> dict[str, Any] | None:
-    if logprobs is None:
-        return None
-    chosen = [position[token_id] for token_id, position in zip(token_ids, logprobs, strict=True)]
-    tokens = [logprob.decoded_token or "" for logprob in chosen]
-    return {
-        "text_offset": list(itertools.accumulate(map(len, tokens), initial=0))[:-1],
-        "tokens": tokens,
-        "token_logprobs": [_finite(logprob) for logprob in chosen],
-        "top_logprobs": [_by_text(position) for position in logprobs],
-    }
-
-
-def _by_text(position: dict[int, Logprob]) -> dict[str, float]:
-    """Several tokens may have one text (halves of characters): the first counts, the sampled or the likelier one."""
-    found: dict[str, float] = {}
-    for logprob in position.values():
-        found.setdefault(logprob.decoded_token or "", _finite(logprob))
-    return found
-
-
-def _finite(logprob: Logprob) -> float:
-    """JSON has no infinity: vLLM's -9999."""
-    return max(logprob.logprob, -9999.0)
 
 
 def _embeddings_body(engine: LLMEngine, output: EmbeddingRequestOutput) -> dict[str, Any]:

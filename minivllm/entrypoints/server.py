@@ -1,16 +1,19 @@
-"""The process that serves: waitress with limits, and an orderly end.
+"""The process that serves: waitress with limits, a port that is bound before the model is loaded, an orderly end.
 
     SIGTERM ─▶ new work is refused (503) ─▶ running answers finish, at most shutdown_timeout ─▶ the rest gets an error
                event ─▶ exit 0.   A second signal skips the waiting. A dead engine ends the process with exit 1.
 
 One thread per answer: more threads than the engine takes requests, or a full queue could not even be told so.
-Called by cli.py. Twin in vLLM: vllm/entrypoints/launcher.py.
+Called by cli/serving.py. Twin in vLLM: vllm/entrypoints/launcher.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,65 +22,51 @@ from typing import Any
 
 from flask import Flask
 from waitress import wasyncore
-from waitress.channel import HTTPChannel
 from waitress.server import create_server
-from waitress.task import ErrorTask, ThreadedTaskDispatcher
+from waitress.task import ThreadedTaskDispatcher
 
 from minivllm.engine.async_engine import AsyncEngine
 from minivllm.entrypoints.app import create_app
-from minivllm.entrypoints.protocol import error_body, to_json
+from minivllm.entrypoints.connection import Channel
+from minivllm.entrypoints.loading import answer_while_loading
 from minivllm.entrypoints.service import ServerConfig, Service
-from minivllm.errors import ConfigError
+from minivllm.errors import ConfigError, InvalidRequestError
 
 SPARE_THREADS = 8
 IDLE_CONNECTIONS = 512  # beside those that are being answered
 MAX_HEADER_BYTES = 64 * 1024
 OUT_BUFFER_BYTES = 64 * 1024
-CHANNEL_TIMEOUT_SECONDS = 30
+# Of a socket. The kernel's own would grow to megabytes, and a socket is writable again when a third of them is gone:
+# from a slow line that looks like a reader who does not read.
+SEND_BUFFER_BYTES = 128 * 1024
 LOOK_SECONDS = 0.05
+SWEEP_SECONDS = 1.0  # between two looks for connections that hang
 LAST_WORDS_SECONDS = 5.0  # for error events to leave
 
 
-class JsonErrorTask(ErrorTask):
-    """What waitress refuses before the application sees it, in the application's own shape."""
-
-    def execute(self) -> None:
-        """Answer and close: what follows in the connection cannot be told apart any more."""
-        error = self.request.error
-        body = to_json(error_body(f"{error.reason}: {error.body}"[:300], error.code))
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers.extend([("Content-Type", "application/json"), ("Connection", "close")])
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class Channel(HTTPChannel):
-    """A connection."""
-
-    error_task_class = JsonErrorTask
-
-
 class Server:
-    """Serves an application from threads of its own. Raises ConfigError when the address cannot be used."""
+    """Listens at once, and serves an application from threads of its own when there is one.
 
-    def __init__(self, app: Flask, num_threads: int):
-        self.service: Service = app.extensions["minivllm"]
-        config = self.service.config
+    Raises ConfigError when the address cannot be used.
+    """
+
+    def __init__(self, config: ServerConfig):
+        self.config = config
+        self._application: Any = answer_while_loading
+        self._service: Service | None = None
         self._sockets: dict[int, Any] = {}
-        self._num_threads = num_threads
         self._workers = ThreadedTaskDispatcher()
         try:
             self._server = create_server(
-                app,
+                lambda environ, start_response: self._application(environ, start_response),
                 map=self._sockets,
                 _dispatcher=self._workers,
                 host=config.host,
                 port=config.port,
-                connection_limit=num_threads + IDLE_CONNECTIONS,
+                connection_limit=SPARE_THREADS + IDLE_CONNECTIONS,
                 backlog=1024,
                 channel_request_lookahead=1,  # or a client that left would not be noticed
-                channel_timeout=CHANNEL_TIMEOUT_SECONDS,
+                channel_timeout=math.ceil(config.client_timeout_seconds),  # of connections at rest
                 cleanup_interval=5,
                 max_request_body_size=config.max_body_bytes + 1,  # one more than flask takes: flask says it better
                 max_request_header_size=MAX_HEADER_BYTES,
@@ -92,12 +81,14 @@ class Server:
         for listener in self._sockets.values():
             if hasattr(listener, "channel_class"):
                 listener.channel_class = Channel
+        no_delay = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._server.adj.socket_options = [no_delay, (socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)]
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="minivllm-http", daemon=True)
 
     @property
     def url(self) -> str:
-        host = self.service.config.host
+        host = self.config.host
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         return f"http://{host}:{self.port}"
 
@@ -108,14 +99,41 @@ class Server:
             return int(self._server.effective_listen[0][1])
         return int(self._server.effective_port)
 
+    @property
+    def service(self) -> Service:
+        """What the application is about. Raises RuntimeError while there is none."""
+        if self._service is None:
+            raise RuntimeError("the server has no application yet")
+        return self._service
+
     def start(self) -> None:
-        self._workers.set_thread_count(self._num_threads)
+        """Answer; without an application, that there is none yet."""
+        if self._service is None:
+            self._workers.set_thread_count(SPARE_THREADS)
         self._thread.start()
 
+    def serve_app(self, app: Flask, num_threads: int) -> None:
+        """From now on, before or after start(). num_threads: answers at a time."""
+        self._service = app.extensions["minivllm"]
+        self._workers.set_thread_count(num_threads)
+        self._server.adj.connection_limit = num_threads + IDLE_CONNECTIONS
+        self._application = app
+
     def _run(self) -> None:
+        interval = min(SWEEP_SECONDS, self.config.client_timeout_seconds / 4)
+        swept_at = time.monotonic()
         while not self._stopping.is_set():
-            wasyncore.loop(timeout=1.0, use_poll=True, map=self._sockets, count=1)
+            wasyncore.loop(timeout=interval, use_poll=True, map=self._sockets, count=1)
+            if time.monotonic() - swept_at >= interval:
+                swept_at = time.monotonic()
+                for channel in self._channels():
+                    channel.close_if_stuck(self.config.client_timeout_seconds)
+        for channel in self._channels():
+            channel.handle_close()  # wakes a thread that waits for its reader
         wasyncore.close_all(self._sockets, ignore_all=True)
+
+    def _channels(self) -> list[Channel]:
+        return [one for one in list(self._sockets.values()) if isinstance(one, Channel)]
 
     def drain(self, timeout_seconds: float, is_urgent: Callable[[], bool] = bool) -> None:
         """Refuse new work, wait for what runs, then end what still does. is_urgent: do not wait any longer."""
@@ -131,9 +149,7 @@ class Server:
             time.sleep(LOOK_SECONDS)
 
     def _is_idle(self) -> bool:
-        channels = [socket for socket in list(self._sockets.values()) if isinstance(socket, HTTPChannel)]
-        busy = any(channel.requests or channel.total_outbufs_len for channel in channels)
-        return self.service.num_in_flight == 0 and not busy
+        return self.service.num_in_flight == 0 and not any(channel.is_busy for channel in self._channels())
 
     def stop(self) -> None:
         """Close every connection and end the threads."""
@@ -147,30 +163,64 @@ class Server:
         self._workers.shutdown()
 
 
-def make_server(engine: AsyncEngine, config: ServerConfig) -> Server:
-    """A server for an engine: a thread for every request that the engine takes, and some more."""
-    return Server(create_app(engine, config), engine.max_requests + SPARE_THREADS)
+Engines = AsyncEngine | tuple[AsyncEngine, AsyncEngine]  # who answers, and perhaps who gives embeddings beside it
 
 
-def serve(engine: AsyncEngine, config: ServerConfig, on_ready: Callable[[Server], None]) -> int:
-    """Serve until a signal comes or the engine ends; returns the exit code. For the main thread only."""
+def make_server(engine: AsyncEngine, config: ServerConfig, embedding_engine: AsyncEngine | None = None) -> Server:
+    """A server for an engine that is there already, and perhaps one for embeddings beside it."""
+    server = Server(config)
+    _connect(server, engine, embedding_engine)
+    return server
+
+
+def _connect(server: Server, engine: AsyncEngine, embedding_engine: AsyncEngine | None = None) -> None:
+    """A thread for every request that the engines take and every watcher, and some more."""
+    _prepare_grammars(engine)
+    max_requests = engine.max_requests + (embedding_engine.max_requests if embedding_engine is not None else 0)
+    num_threads = max_requests + server.config.max_watchers + SPARE_THREADS
+    server.serve_app(create_app(engine, server.config, embedding_engine), num_threads)
+
+
+def _prepare_grammars(engine: AsyncEngine) -> None:
+    """Read the vocabulary now, or the first structured output waits for it. A model that has none serves without."""
+    if engine.engine.config.model.is_pooling:
+        return
+    try:
+        engine.engine.structured_output.prepare()
+    except InvalidRequestError as error:  # told again to whoever asks for one
+        logging.getLogger(__name__).warning("%s", error)
+
+
+def serve(load: Callable[[], Engines], config: ServerConfig, on_ready: Callable[[Server], None]) -> int:
+    """Listen, load, serve until a signal comes or the engine ends; returns the exit code. For the main thread only.
+
+    Raises ConfigError before anything is loaded when the port is taken, and what `load` raises. A signal while the
+    model is loaded is a SystemExit with 0.
+    """
     signals: list[int] = []  # a handler may not take a lock
+    engines: tuple[AsyncEngine, ...] = ()
 
     def note(number: int, _: FrameType | None) -> None:
         signals.append(number)
+        if not engines:
+            raise SystemExit(0)
 
-    server = make_server(engine, config)
+    server = Server(config)
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.start()
+        loaded = load()
+        engines = loaded if isinstance(loaded, tuple) else (loaded,)
+        _connect(server, *engines)
         on_ready(server)
-        while not signals and engine.is_alive:
+        while not signals and server.service.is_alive:
             time.sleep(LOOK_SECONDS)
-        server.drain(config.shutdown_timeout_seconds if engine.is_alive else 0.0, lambda: len(signals) > 1)
+        server.drain(config.shutdown_timeout_seconds if server.service.is_alive else 0.0, lambda: len(signals) > 1)
         code = 0 if signals else 1
     finally:
         server.stop()
-        engine.shutdown()
+        for engine in engines:
+            engine.shutdown()
         for number, handler in before.items():
             signal.signal(number, handler)
     return code

@@ -3,13 +3,14 @@
 The first bytes leave at once, so that the client has its headers while the request waits; `: keep-alive` comments
 follow while there is nothing to say. An error after that is an event, as there is no status left to set.
 
-Called by chat.py and completions.py. Twin in vLLM: vllm/entrypoints/openai/engine/serving.py (the generators).
+Called by chat.py, completions.py and responses.py. Twin in vLLM: the generators of
+vllm/entrypoints/openai/engine/serving.py.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from flask import Response
@@ -37,8 +38,10 @@ class Writer(Protocol):
         """What is new in an output."""
 
 
-def frame(value: Any) -> bytes:
-    return b"data: " + to_json(value) + b"\n\n"
+def frame(value: Any, name: str | None = None) -> bytes:
+    """name: of the event, where events have one."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + to_json(value) + b"\n\n"
 
 
 def check_stream_options(stream: bool | None, options: StreamOptions | None) -> None:
@@ -53,9 +56,14 @@ def check_stream_options(stream: bool | None, options: StreamOptions | None) -> 
 
 def stream_response(job: AnyJob, writer: Writer, options: StreamOptions | None, headers: dict[str, str]) -> Response:
     """Status and headers now, the answer as it comes."""
-    response = Response(events(job, writer, options or StreamOptions()), mimetype="text/event-stream")
+    return event_stream(events(job, writer, options or StreamOptions()), job.close, headers)
+
+
+def event_stream(frames: Iterator[bytes], on_close: Callable[[], None], headers: dict[str, str]) -> Response:
+    """on_close: called however it ends, also when nobody ever reads the first event."""
+    response = Response(frames, mimetype="text/event-stream")
     response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
-    response.call_on_close(job.close)  # however it ends, also when nobody ever reads the first event
+    response.call_on_close(on_close)
     return response
 
 

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: what the model sees of a text or a conversation, and back.
+"""POST /tokenize and /detokenize: what the model sees of a text or a conversation, and back. GET /tokenizer_info.
 
 Called by app.py. Twin in vLLM: vllm/entrypoints/serve/tokenize/serving.py.
 """
@@ -15,7 +15,7 @@ from minivllm.errors import InvalidRequestError
 
 def tokenize(service: Service, body: TokenizeRequest) -> Response:
     """Raises ClientError."""
-    engine = service.engine.engine
+    engine = service.engine_named(body.model).engine
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Send either prompt or messages.", parameter="prompt")
     if body.prompt is not None:
@@ -42,8 +42,16 @@ def tokenize(service: Service, body: TokenizeRequest) -> Response:
 
 def detokenize(service: Service, body: DetokenizeRequest) -> Response:
     """Raises ClientError."""
-    engine = service.engine.engine
+    engine = service.engine_named(body.model).engine
     if engine.tokenizer is None:
         raise InvalidRequestError("This model has no tokenizer.", parameter="tokens")
     token_ids = engine.input_processor.check_token_ids(body.tokens, "tokens", allow_empty=True)
     return json_response({"prompt": engine.decode(token_ids, skip_special_tokens=False)})
+
+
+def show_tokenizer_info(service: Service) -> Response:
+    """The tokenizer's own settings, special tokens and chat template. Raises InvalidRequestError."""
+    tokenizer = service.engine.engine.tokenizer
+    if tokenizer is None:
+        raise InvalidRequestError("This model has no tokenizer.")
+    return json_response(tokenizer.info())

@@ -227,6 +227,9 @@ def _refuse_by_config(hf_config: Any, options: ModelOptions) -> None:
     layer_types = set(getattr(config, "layer_types", None) or [])
     if hf_config.is_encoder_decoder:
         raise _refuse(hf_config, "it is an encoder-decoder, and only decoders have a paged cache here")
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        reason = "it is a classifier or a cross-encoder; score compares vectors: use an embedding model"
+        raise _refuse(hf_config, reason)
     if names and not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise _refuse(hf_config, "it is neither known to models/registry.py nor a causal language model")
     if rope_types & {"dynamic", "longrope"}:

@@ -7,7 +7,7 @@ tensor) pairs. The stream holds one tensor at a time, already in the dtype the m
 model's memory and one tensor more. No code of the model's author is ever run, no pickle opened.
 
 Does not know how a model uses its weights (models/*.py) nor where the source came from (hub.py). Called by:
-engine/llm_engine.py, cli.py (plan). Twin in vLLM: vllm/model_executor/model_loader/default_loader.py.
+engine/llm_engine.py, cli/models.py (plan). Twin in vLLM: vllm/model_executor/model_loader/default_loader.py.
 """
 
 from __future__ import annotations
@@ -103,31 +103,6 @@ def load_generation_config(source: ModelSource) -> dict[str, Any]:
     if eos is not None and not all(type(token_id) is int for token_id in (eos if isinstance(eos, list) else [eos])):
         raise refuse(source.path, f"generation_config.json: eos_token_id must be token ids, got {str(eos)[:80]!r}")
     return content
-
-
-def load_pooling_type(source: ModelSource, is_encoder: bool) -> str:
-    """How a sequence becomes one vector: CLS, MEAN or LAST.
-
-    What sentence-transformers' 1_Pooling/config.json says; without it CLS for an encoder, LAST for a decoder.
-    Raises ConfigError for a kind of pooling that is not here.
-    """
-    content = (read_json(source.path / "1_Pooling", "config.json") if source.kind == "folder" else None) or {}
-    modes = {name for name, is_on in content.items() if name.startswith("pooling_mode_") and is_on is True}
-    if not modes:
-        return "CLS" if is_encoder else "LAST"
-    kinds = {
-        "pooling_mode_cls_token": "CLS",
-        "pooling_mode_mean_tokens": "MEAN",
-        "pooling_mode_lasttoken": "LAST",
-    }
-    if len(modes) > 1 or not modes <= kinds.keys():
-        raise refuse(
-            source.path,
-            f"1_Pooling/config.json: exactly one of {', '.join(sorted(kinds))} must be on, "
-            f"got {', '.join(sorted(modes))}",
-            "Use a model with one of these.",
-        )
-    return kinds[modes.pop()]
 
 
 def resolve_dtype(dtype: str | torch.dtype, hf_config: PretrainedConfig, source: ModelSource) -> torch.dtype:

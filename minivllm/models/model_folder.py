@@ -62,17 +62,13 @@ def read_json(folder: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> dic
 
     Raises ConfigError when it is too large, no JSON object, nested too deeply, or names code to run.
     """
-    raw = _read_small(folder, name, max_bytes)
-    if raw is None:
-        return None
-    try:
-        content = json.loads(raw)
-        if not isinstance(content, dict):
-            raise refuse(folder, f"{name} must hold a JSON object, got {type(content).__name__}")
-        _refuse_code(folder, name, content)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise refuse(folder, f"{name} is not valid JSON ({reason})") from error
+    content: dict[str, Any] | None = _read_value(folder, name, max_bytes, dict, "object")
+    return content
+
+
+def read_json_list(folder: Path, name: str, max_bytes: int = MAX_CONFIG_BYTES) -> list[Any] | None:
+    """As read_json, for a file that holds a list."""
+    content: list[Any] | None = _read_value(folder, name, max_bytes, list, "list")
     return content
 
 
@@ -152,6 +148,21 @@ def _read_small(folder: Path, name: str, max_bytes: int) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise refuse(folder, f"{name} cannot be read ({error.strerror})") from error
+
+
+def _read_value(folder: Path, name: str, max_bytes: int, expected: type, word: str) -> Any:
+    raw = _read_small(folder, name, max_bytes)
+    if raw is None:
+        return None
+    try:
+        content = json.loads(raw)
+        if not isinstance(content, expected):
+            raise refuse(folder, f"{name} must hold a JSON {word}, got {type(content).__name__}")
+        _refuse_code(folder, name, content)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise refuse(folder, f"{name} is not valid JSON ({reason})") from error
+    return content
 
 
 def _refuse_code(folder: Path, name: str, content: Any, depth: int = 1) -> None:

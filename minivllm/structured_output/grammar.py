@@ -4,8 +4,9 @@
     compile_grammar    (kind, grammar text) -> CompiledGrammar, or InvalidRequestError with the reason
     GrammarMatcher     fill_bitmask, accept_tokens, rollback, is_terminated; one per sequence
 
-JSON is written on one line, as json.dumps writes it: at most one blank after a comma or a colon, and whitespace
-nowhere else. So no model can fill its budget with blanks, and a document takes far fewer tokens than an indented one.
+JSON is written on one line, as json.dumps writes it: one blank after a comma or a colon, and whitespace nowhere else.
+So no model can fill its budget with blanks, and a document takes far fewer tokens than an indented one. The blank is
+not left to the model: behind it the next key is known, and known text needs no steps of its own.
 
 eos is handled here, not by llguidance: its bits are set where the grammar may end and nowhere else, also when a
 model's eos is a token that has text.
@@ -19,10 +20,12 @@ Twin in vLLM: vllm/v1/structured_output/backend_guidance.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import llguidance
@@ -30,10 +33,14 @@ import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
 
 from minivllm.errors import InvalidRequestError
-from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.sampling_params import AnswerForm, StructuredOutputsParams
+from minivllm.structured_output.answer_form import answer_grammar
 from minivllm.structured_output.schema import MAX_MET_PATTERNS, prepare_schema
 
-ITEM_SEPARATOR, KEY_SEPARATOR = ", ?", ": ?"  # regular expressions
+# How JSON is written; the separators are regular expressions.
+JSON_OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {"whitespace_flexible": False, "coerce_one_of": True, "item_separator": ", ", "key_separator": ": "}
+)
 MAX_LEXER_STATES = 16_384  # about 4 MB for each running request at the worst
 MAX_COMPILE_SECONDS = 1.0  # of processor time; llguidance's own limits stop nearly everything within 0.1
 _PROBE = '{"a": [" b'
@@ -63,11 +70,18 @@ class GrammarTokenizer:
             raise _no_tokenizer(f"its tokens are not known as bytes ({_reason(str(error))})") from error
         if text.removeprefix(" ") != _PROBE:  # sentencepiece puts a blank in front
             raise _no_tokenizer(f"{_PROBE!r} is read back as {text!r}")
+        self.vocab_size = vocab_size
         self.num_words = -(-vocab_size // 32)  # of a bitmask row
         self.num_all_words = -(-num_tokens // 32)  # of llguidance's rows
         self.eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
+        # llguidance takes every added token of the form <...> for a special one, whatever the tokenizer says of it.
+        self.special_ids = {t.content: i for i, t in added.items() if self.tokenizer.is_special_token(i)}
         self.eos_bits = self._row_of(self.eos_token_ids)  # [num_words]
         self.no_eos_bits = ~self._row_of(self.eos_token_ids | set(self.tokenizer.eos_tokens))  # [num_words]
+
+    def __contains__(self, token_id: int) -> bool:
+        """Whether it is text that the model can write."""
+        return token_id < self.vocab_size and token_id not in self.eos_token_ids
 
     def _row_of(self, token_ids: frozenset[int]) -> np.ndarray:
         """A row, [num_words], with the bits of these tokens."""
@@ -93,15 +107,19 @@ def grammar_text(params: StructuredOutputsParams) -> str:
         raise _bad_grammar(params.kind, str(error) or type(error).__name__) from error
 
 
+def answer_text(tokenizer: GrammarTokenizer, form: AnswerForm) -> str:
+    """The same for a whole answer, whose marks may be special tokens of this tokenizer."""
+    return answer_grammar(form, tokenizer.special_ids, JSON_OPTIONS, grammar_text)
+
+
 def _grammar_text(params: StructuredOutputsParams) -> str:
     matcher = llguidance.LLMatcher
     if params.json is not None or params.json_object:
         schema = {"type": "object"} if params.json is None else prepare_schema(params.schema())
         if schema is False:
             raise _bad_grammar(params.kind, "no document can satisfy it")
-        options: Any = {"whitespace_flexible": False, "coerce_one_of": True}
-        options |= {"item_separator": ITEM_SEPARATOR, "key_separator": KEY_SEPARATOR}
         schema = {} if schema is True else schema
+        options: Any = dict(JSON_OPTIONS)
         return matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
     if params.regex is not None:
         regex = llguidance.regex_to_lark(params.regex, "dw")  # \d and \w are ASCII, as in JavaScript and JSON schema
@@ -151,6 +169,8 @@ def compile_grammar(tokenizer: GrammarTokenizer, kind: str, text: str) -> Compil
 
 
 def _bad_grammar(kind: str, error: str) -> InvalidRequestError:
+    if kind == "answer":
+        return InvalidRequestError(f"tools cannot be used: {_reason(error)}.", parameter="tools")
     return InvalidRequestError(
         f"structured_outputs.{kind} cannot be used: {_reason(error)}.", parameter="structured_outputs"
     )
@@ -248,10 +268,15 @@ class GrammarMatcher:
         return self._is_terminated or bool(self._try(self._matcher.is_stopped) and self.error is None)
 
     def forced_tokens(self) -> list[int]:
-        """Tokens that must come next because the grammar leaves no choice; empty most of the time."""
+        """Tokens of the text that must come next because the grammar leaves no choice; empty most of the time.
+
+        They are the tokenizer's own for that text, without the last ones if these might join with what follows.
+        """
         if self.is_complete():
             return []
-        return self._try(self._matcher.compute_ff_tokens) or []
+        tokenizer = self._tokenizer
+        forced = self._try(self._matcher.compute_ff_tokens) or []
+        return list(itertools.takewhile(lambda token_id: token_id in tokenizer, forced))
 
     def _try(self, call: Callable[[], Result]) -> Result | None:
         """None and self.error when llguidance cannot go on. It stays so: the lexer is broken for good."""

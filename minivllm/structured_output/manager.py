@@ -12,7 +12,9 @@ Knows no scheduler. Owned by engine/llm_engine.py. Twin in vLLM: vllm/v1/structu
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from minivllm.errors import InvalidRequestError
-from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.sampling_params import AnswerForm, StructuredOutputsParams
 from minivllm.structured_output.grammar import (
     CompiledGrammar,
     GrammarMatcher,
     GrammarTokenizer,
+    answer_text,
     compile_grammar,
     grammar_text,
 )
@@ -102,18 +105,42 @@ class StructuredOutputManager:
             self._tokenizer = GrammarTokenizer(self._backend, self._vocab_size, self._eos_token_ids)
         return self._tokenizer
 
-    def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
+    def compile(self, params: StructuredOutputsParams | AnswerForm) -> CompiledGrammar:
         """The grammar of one request. Raises InvalidRequestError naming the reason."""
+        if not isinstance(params, AnswerForm):
+            return self._compile(params)
+        try:
+            return self._compile(params)
+        except InvalidRequestError as error:
+            if error.parameter == "tools":
+                self._find_fault(params)
+            raise
+
+    def _compile(self, params: StructuredOutputsParams | AnswerForm) -> CompiledGrammar:
         tokenizer = self._grammar_tokenizer()
-        spec = params.schema() if params.kind == "json" else getattr(params, params.kind)
+        if isinstance(params, AnswerForm):
+            spec: Any = dataclasses.asdict(params)
+        else:
+            spec = params.schema() if params.kind == "json" else getattr(params, params.kind)
         key = f"{params.kind} {json.dumps(spec)}"
         text = self.cache.get(key)
         if text is None:
-            text = grammar_text(params)
+            text = answer_text(tokenizer, params) if isinstance(params, AnswerForm) else grammar_text(params)
             grammar = compile_grammar(tokenizer, params.kind, text)
             self.cache.put(key, text)
             return grammar
         return compile_grammar(tokenizer, params.kind, text)
+
+    def _find_fault(self, form: AnswerForm) -> None:
+        """Raise what the text's own form, or a tool's schema, is refused for when it stands alone."""
+        if form.text is not None:
+            self._compile(form.text)
+        for call in form.calls:
+            try:
+                self._compile(StructuredOutputsParams(json=call.schema))
+            except InvalidRequestError as error:
+                fault = re.sub(r"^structured_outputs(\.json)?", "", error.message)
+                raise InvalidRequestError(call.label + fault, parameter="tools") from None
 
     # ------------------------------------------------------------------ while it runs
     def add_request(self, request_id: str, grammar: CompiledGrammar) -> None:
@@ -154,5 +181,5 @@ class StructuredOutputManager:
         return self._matchers[request_id].is_complete()
 
     def forced_tokens(self, request_id: str) -> list[int]:
-        """Tokens that its grammar leaves no choice about: free drafts. Nobody uses them yet."""
+        """Tokens of the text that its grammar leaves no choice about: they need not be drawn."""
         return self._matchers[request_id].forced_tokens()

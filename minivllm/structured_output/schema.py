@@ -4,9 +4,10 @@ llguidance refuses much that SDKs send and that changes nothing: $schema, unknow
 propertyNames of plain records. Here annotations are dropped, what can be said in another way is said so, and what
 would change the meaning is refused, all of it in one message.
 
-Two things are narrower than the schema: a schema without `type` that speaks of properties means an object (SDK 5
-sends its tools so; JSON schema would allow any other value as well), likewise for arrays, strings and numbers; and
-oneOf is anyOf where its branches may overlap.
+Three things are narrower than the schema: an object that lists its properties and says nothing of others has no others
+(a small model would invent them until its budget is gone; additionalProperties: true asks for them); a schema without
+`type` that speaks of properties means an object (SDK 5 sends its tools so; JSON schema would allow any other value as
+well), likewise for arrays, strings and numbers; and oneOf is anyOf where its branches may overlap.
 
 Sizes are checked by sampling_params.py. Called by grammar.py. Twin in vLLM: has_guidance_unsupported_json_features in
 vllm/v1/structured_output/backend_guidance.py.
@@ -63,7 +64,29 @@ def prepare_schema(schema: Schema) -> Schema:
         )
     preparation.check_multiples()
     preparation.check_patterns()
+    if not preparation.patterns_meet:  # closed parts of an allOf would forbid each other's properties
+        _close_objects(prepared)
     return prepared
+
+
+def _close_objects(schema: Any) -> None:
+    """additionalProperties: false for objects that list theirs, wherever the listed ones can satisfy them."""
+    if isinstance(schema, list):
+        for member in schema:
+            _close_objects(member)
+    if not isinstance(schema, dict):
+        return
+    for keyword, value in schema.items():
+        if keyword in SCHEMA_MAP and isinstance(value, dict):
+            _close_objects(list(value.values()))
+        elif keyword in ONE_SCHEMA | {"items"} or (keyword in SCHEMA_LIST and isinstance(value, list)):
+            _close_objects(value)
+    listed, required, least = (schema.get(name) for name in ("properties", "required", "minProperties"))
+    if not isinstance(listed, dict) or schema.keys() & {"additionalProperties", "patternProperties"}:
+        return
+    is_enough = not isinstance(least, int) or least <= len(listed)
+    if listed and is_enough and (not isinstance(required, list) or all(name in listed for name in required)):
+        schema["additionalProperties"] = False
 
 
 class _Preparation:

@@ -76,11 +76,13 @@ class RequestState:
 
     def update(self, data: CachedRequestData) -> None:
         self.num_computed_tokens = data.num_computed_tokens
+        for token_id in data.new_token_ids:
+            self.append_token(token_id)
         if data.new_block_ids:
             self.add_blocks(data.new_block_ids)
 
     def append_token(self, token_id: int) -> None:
-        """Remember a drawn token: it is the next step's input."""
+        """Remember a drawn (or forced) token: it is the next step's input."""
         self.token_ids[self.num_tokens] = token_id
         self.num_tokens += 1
         if self.row is not None:

@@ -84,8 +84,9 @@ def plan_kv_cache(
         if config.kv_cache_memory_bytes is not None:
             budget, rule = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
         else:
-            budget = int(config.gpu_memory_utilization * device_bytes) - weight_bytes
-            rule = f"{config.gpu_memory_utilization:.0%} of the RAM minus the weights (gpu_memory_utilization)"
+            budget = int(config.gpu_memory_utilization * device_bytes) - weight_bytes - config.reserved_memory_bytes
+            others = f" and {config.reserved_memory_bytes:,} bytes of others" if config.reserved_memory_bytes else ""
+            rule = f"{config.gpu_memory_utilization:.0%} of the RAM minus the weights{others} (gpu_memory_utilization)"
         num_blocks = budget // bytes_per_block
         if num_blocks < 2:
             raise ConfigError(

@@ -144,6 +144,7 @@ class FakeRunner:
         if state.num_computed_tokens != cached.num_computed_tokens:
             raise CacheError(f"{cached.request_id}: {cached.num_computed_tokens} computed, the worker has {state}")
         state.block_ids += cached.new_block_ids
+        state.token_ids += cached.new_token_ids
 
     def _write_all(self, step: SchedulerOutput, broken: Collection[str], fail_after: int | None) -> None:
         num_written = 0

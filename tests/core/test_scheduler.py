@@ -534,6 +534,14 @@ def story_decode() -> Decision:
     return decision(run_step(scheduler)[0], "r")
 
 
+def story_forced() -> Decision:
+    scheduler = make_scheduler()
+    add(scheduler, make_request("r", [1, 2]))
+    run_step(scheduler)
+    scheduler.append_tokens("r", [8, 9])
+    return decision(scheduler.schedule(), "r")
+
+
 def story_prefill() -> Decision:
     scheduler = make_scheduler()
     add(scheduler, make_request("r", range(5)))
@@ -639,6 +647,12 @@ def story_preempt() -> Decision:
 
 STORIES: dict[Callable[[], Decision], tuple[str, int, str]] = {
     story_decode: ("decode", 1, "runs on: its newest token is computed and the next one drawn"),
+    story_forced: (
+        "forced",
+        3,
+        "runs on: its newest token and the 2 behind it that its grammar leaves no choice about are computed together, "
+        "and the next one drawn",
+    ),
     story_prefill: (
         "prefill",
         5,
@@ -781,6 +795,81 @@ def test_tokens_after_the_stop_are_dropped():
     [output] = scheduler.update_from_output(step, result)
     assert output.new_token_ids == [5, EOS] and output.logprobs == logprobs[:2]
     assert output.finish_reason == "stop"
+
+
+# ------------------------------------------------------------------ tokens that nobody draws
+def test_appended_tokens_are_computed_together_and_told_once():
+    scheduler = make_scheduler()
+    add(scheduler, make_request("a", [1, 2]))
+    run_step(scheduler)
+    assert scheduler.append_tokens("a", [8, 9]) == [8, 9]
+    step, [output] = run_step(scheduler)
+    assert step.num_scheduled_tokens == {"a": 3}
+    assert [cached.new_token_ids for cached in step.scheduled_cached_reqs] == [[8, 9]]
+    assert output.new_token_ids == [DRAWN] and scheduler.requests["a"].output_token_ids == [DRAWN, 8, 9, DRAWN]
+    step, _ = run_step(scheduler)
+    assert step.num_scheduled_tokens == {"a": 1} and step.scheduled_cached_reqs[0].new_token_ids == []
+
+
+def test_a_budget_cuts_appended_tokens_like_any_others():
+    """The worker learns all of them at once; nothing is drawn before the last is computed."""
+    scheduler = make_scheduler()
+    add(scheduler, make_request("a", [1, 2]))
+    run_step(scheduler)
+    scheduler.append_tokens("a", [8, 9, 10])
+    set_limits(scheduler, max_num_batched_tokens=3)
+    step, outputs = run_step(scheduler)
+    assert step.num_scheduled_tokens == {"a": 3} and outputs == []
+    assert step.scheduled_cached_reqs[0].new_token_ids == [8, 9, 10]
+    step, [output] = run_step(scheduler)
+    assert step.num_scheduled_tokens == {"a": 1} and output.new_token_ids == [DRAWN]
+    assert step.scheduled_cached_reqs[0].new_token_ids == []
+
+
+def test_appended_tokens_wait_until_their_request_has_its_turn():
+    scheduler = make_scheduler()
+    add(scheduler, make_request("a", [1]), make_request("b", [2]))
+    run_step(scheduler)
+    scheduler.append_tokens("b", [8])
+    set_limits(scheduler, max_num_batched_tokens=1)
+    assert list(run_step(scheduler)[0].num_scheduled_tokens) == ["a"]
+    scheduler.append_tokens("b", [9])
+    set_limits(scheduler, max_num_batched_tokens=64)
+    step, _ = run_step(scheduler)
+    assert [cached.new_token_ids for cached in step.scheduled_cached_reqs] == [[], [8, 9]]
+
+
+def test_a_preempted_request_is_told_of_appended_tokens_with_all_the_others():
+    scheduler = full_pool()
+    b = scheduler.requests["b"]
+    scheduler.append_tokens("b", [8])
+    assert run_step(scheduler)[0].preempted_req_ids == ["b"]
+    scheduler.finish_request("a")
+    step = scheduler.schedule()
+    assert step.scheduled_new_reqs[0].token_ids[-2:] == [DRAWN, 8] and b.untold_token_ids == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "added", "reason"),
+    [
+        ({"max_tokens": 3}, [8, 9], "length"),
+        ({"eos_token_ids": frozenset({9})}, [8, 9], "stop"),
+        ({"eos_token_ids": frozenset({8}), "min_tokens": 9}, [8, 9, 10], None),
+        ({"max_tokens": 4}, [8, 9, 10], "length"),
+    ],
+    ids=["max_tokens", "eos", "min_tokens", "the last one"],
+)
+def test_an_appended_token_may_end_its_request(fields: dict[str, Any], added: list[int], reason: str | None):
+    scheduler = make_scheduler()
+    request = make_request("a", [1, 2], **fields)
+    add(scheduler, request)
+    run_step(scheduler)
+    assert scheduler.append_tokens("a", [8, 9, 10]) == added
+    assert request.output_token_ids == [DRAWN, *added] and request.finish_reason == reason
+    scheduler.check_integrity()
+    if reason is not None:
+        assert running_ids(scheduler) == [] and scheduler.schedule().finished_req_ids == ["a"]
+        assert_nothing_is_left(scheduler)
 
 
 def test_a_pooling_request_ends_with_its_last_chunk():

@@ -50,7 +50,15 @@ from minivllm.core.scheduler import Scheduler
 from minivllm.outputs import EngineCoreOutput, SchedulerOutput
 from minivllm.sampling_params import SamplingParams
 
-from .fake_runner import VOCAB_SIZE, FakeRunner, StepFailed, expected_output, prefix_digest
+from .fake_runner import (
+    VOCAB_SIZE,
+    FakeRunner,
+    StepFailed,
+    expected_output,
+    extend_digest,
+    next_token_id,
+    prefix_digest,
+)
 
 EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "500"))
 STEPS = int(os.environ.get("STATE_MACHINE_STEPS", "50"))
@@ -117,6 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.parent_of: dict[bytes, bytes] = {}
         self.were_names_taken = False  # by a fault: then a block's copy may stand behind what follows it
         self.first_hit: dict[str, int] = {}  # tokens that the first admission found in the cache
+        self.num_forced = 0  # tokens that follow each drawn one without being drawn
         self.is_inside_step = False
 
     # ------------------------------------------------------------------ rules
@@ -192,6 +201,11 @@ class EngineMachine(RuleBasedStateMachine):
     def change_budget(self, budget):
         if self.chunked:
             self.config = self.scheduler.config = replace(self.config, max_num_batched_tokens=budget)
+
+    @rule(num_forced=st.sampled_from([0, 1, 2, 6]))
+    def force(self, num_forced):
+        """From now on grammars leave no choice so often."""
+        self.num_forced = num_forced
 
     @rule(reset=st.booleans())
     def look(self, reset):
@@ -270,7 +284,24 @@ class EngineMachine(RuleBasedStateMachine):
         assert set(self.runner.states) == {r.request_id for r in self.scheduler.running}, "8: the worker forgets"
         if meanwhile:
             meanwhile()
-        self._take(self.scheduler.update_from_output(step, result))
+        outputs = self.scheduler.update_from_output(step, result)
+        self._take(outputs)
+        for output in outputs:
+            if output.new_token_ids and output.finish_reason is None:
+                self._append_forced(self.added[output.request_id])
+
+    def _append_forced(self, request: Request) -> None:
+        """What would be drawn anyway, so that the reference stays right."""
+        digest = prefix_digest(request.cache_salt, request.all_token_ids)
+        token_ids: list[int] = []
+        for _ in range(self.num_forced):
+            token_ids.append(next_token_id(digest, request.seed))
+            digest = extend_digest(digest, token_ids[-1])
+        added = self.scheduler.append_tokens(request.request_id, token_ids)
+        assert added == token_ids[: len(added)] and (len(added) == len(token_ids) or request.is_finished)
+        self.got[request.request_id] += added
+        if request.is_finished:
+            self.ended[request.request_id] = str(request.finish_reason)
 
     def _fail_step(self, fail_after: int, aborted: str | None) -> None:
         step = self._schedule()

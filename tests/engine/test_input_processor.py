@@ -6,18 +6,22 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from minivllm.engine.input_processor import (
     MAX_BAD_WORDS_TOKENS,
+    MAX_TRUNCATED_CHARS,
     InputProcessor,
     check_fits_pool,
+    check_request_id,
     normalize_messages,
 )
-from minivllm.engine.tokenizer import TemplateTraits
+from minivllm.engine.tokenizer import TemplateTraits, Tokenizer
 from minivllm.errors import ClientError, ConfigError, ContextLengthError, InvalidRequestError
 from minivllm.sampling_params import SamplingParams
 
-from .tiny_tokenizers import CHAT_TEMPLATE, TEXT, tiny_tokenizer
+from .tiny_tokenizers import CHAT_TEMPLATE, SPECIAL, TEXT, tiny_tokenizer, wrap
 
 TOKENIZER = tiny_tokenizer("byte_level", CHAT_TEMPLATE)
 VOCAB_SIZE = TOKENIZER.vocab_size + 8  # the logits are wider than the tokenizer
@@ -446,3 +450,105 @@ def test_parameters_changed_after_they_were_checked_are_checked_again(field, val
     params = SamplingParams()
     setattr(params, field, value)
     refused(field, params=params)
+
+
+# ---------------------------------------------------------------------- truncation
+def framing_tokenizer() -> Tokenizer:
+    """As BERT's: puts a token in front of every prompt and one behind it."""
+    backend = Backend.from_str(TOKENIZER.backend.to_str())
+    special = [(token, backend.token_to_id(token)) for token in SPECIAL[1:]]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    return wrap(backend)
+
+
+BERT = framing_tokenizer()
+
+
+def lengths(**options: object) -> tuple[int, int | None]:
+    """(tokens, truncated_to) of a prompt of 20 tokens."""
+    request = processor().process("r", list(range(20)), **options)
+    return len(request.prompt_token_ids), request.truncated_to
+
+
+def test_a_prompt_is_cut_only_on_request_and_only_when_it_is_longer():
+    assert lengths() == (20, None)
+    assert lengths(truncate_prompt_tokens=None) == (20, None)
+    assert lengths(truncate_prompt_tokens=20) == lengths(truncate_prompt_tokens=-1) == (20, None)
+    assert lengths(truncate_prompt_tokens=7) == (7, 7)
+
+
+def test_minus_one_is_the_longest_prompt_that_fits():
+    long = [5] * 100
+    generating = processor().process("r", long, truncate_prompt_tokens=-1)
+    assert (len(generating.prompt_token_ids), generating.truncated_to) == (MAX_MODEL_LEN - 1, MAX_MODEL_LEN - 1)
+    pooling = processor().process_pooling("r", long, truncate_prompt_tokens=-1)
+    assert (len(pooling.prompt_token_ids), pooling.truncated_to) == (MAX_MODEL_LEN, MAX_MODEL_LEN)
+    # all of the context was asked for: the room for the output is left nevertheless, and said
+    assert processor().process("r", long, truncate_prompt_tokens=MAX_MODEL_LEN).truncated_to == MAX_MODEL_LEN - 1
+
+
+def test_a_generating_model_keeps_the_end_and_an_embedding_model_the_beginning():
+    ids = list(range(20))
+    assert processor().process("r", ids, truncate_prompt_tokens=5).prompt_token_ids == ids[-5:]
+    assert processor().process_pooling("r", ids, truncate_prompt_tokens=5).prompt_token_ids == ids[:5]
+    for method in (processor().process, processor().process_pooling):
+        options = {"truncate_prompt_tokens": 5}
+        assert method("r", ids, truncation_side="right", **options).prompt_token_ids == ids[:5]
+        assert method("r", ids, truncation_side="left", **options).prompt_token_ids == ids[-5:]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_text_that_is_cut_keeps_the_tokens_around_it(side):
+    """The first and the last token of a BERT belong to every prompt, however short it is."""
+    text = "the quick brown fox jumps over the lazy dog"
+    first, *inner, last = BERT.encode(text)
+    words = processor(tokenizer=BERT, vocab_size=BERT.vocab_size, eos_token_ids=())
+    request = words.process_pooling("r", text, truncate_prompt_tokens=6, truncation_side=side)
+    kept = inner[:4] if side == "right" else inner[-4:]
+    assert request.prompt_token_ids == [first, *kept, last] and request.truncated_to == 6
+    assert request.prompt is None  # the text is not what the model sees
+    bare = words.process_pooling("r", text, truncate_prompt_tokens=6, truncation_side=side, add_special_tokens=False)
+    assert bare.prompt_token_ids == (inner[:6] if side == "right" else inner[-6:])
+    with pytest.raises(InvalidRequestError, match="at least 3") as caught:
+        words.process_pooling("r", text, truncate_prompt_tokens=2)
+    assert caught.value.parameter == "truncate_prompt_tokens"
+
+
+def test_a_text_too_long_for_the_context_may_be_cut():
+    text = "the lazy dog " * 4000
+    refused("prompt", text)
+    request = processor().process("r", text, truncate_prompt_tokens=-1)
+    assert request.prompt_token_ids == TOKENIZER.encode(text)[-(MAX_MODEL_LEN - 1) :]
+    refused("prompt", "x" * (MAX_TRUNCATED_CHARS + 1), truncate_prompt_tokens=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "parameter"),
+    [
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": MAX_MODEL_LEN + 1}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": True}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 2.0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": "5"}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 10**5000}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 5, "truncation_side": "middle"}, "truncation_side"),
+        ({"truncation_side": "left"}, "truncation_side"),  # it would have no effect
+    ],
+    ids=["0", "-2", "long", "true", "float", "text", "huge", "middle", "side only"],
+)
+def test_a_bad_truncation_is_refused_by_name(options, parameter):
+    assert len(refused(parameter, **options).message) < 400
+
+
+# ---------------------------------------------------------------------- request ids
+@pytest.mark.parametrize("value", ["x", "0", "a b", "é" * 10, "x" * 256])
+def test_any_text_may_be_a_request_id(value):
+    assert check_request_id(value) == value
+
+
+@pytest.mark.parametrize("value", [5, True, b"x", "", [], {}, "x" * 257, "\ud800"], ids=type_name)
+def test_a_bad_request_id_is_refused_by_name(value):
+    with pytest.raises(InvalidRequestError, match="request_id must be ") as caught:
+        check_request_id(value)
+    assert caught.value.parameter == "request_id" and len(caught.value.message) < 400

@@ -55,9 +55,13 @@ def events_of(text: str) -> list[Any]:
 class Web:
     """The application, called without a socket."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig | None = None):
-        self.app = create_app(engine, config or ServerConfig(served_model_names=("tiny", "alias")))
+    def __init__(
+        self, engine: AsyncEngine, config: ServerConfig | None = None, embedding_engine: AsyncEngine | None = None
+    ):
+        config = config or ServerConfig(served_model_names=("tiny", "alias"))
+        self.app = create_app(engine, config, embedding_engine)
         self.service: Service = self.app.extensions["minivllm"]
+        self.app.json.sort_keys = False  # bodies go out as clients send them: a schema's order counts
         self.client = self.app.test_client()
 
     def call(self, method: str, path: str, body: Any = None, **options: Any) -> Reply:

@@ -263,11 +263,23 @@ def test_beams_are_those_of_llm(web: Web, engine: AsyncEngine, tiny_model: Any):
         assert [c["finish_reason"] for c in body["choices"]] == [s.finish_reason for s in expected]
 
 
+def test_what_only_changes_how_tokens_are_drawn_is_named_and_changes_no_beam(web: Web):
+    """The guide sends all of these in one request."""
+    fields = {"use_beam_search": True, "best_of": 3, "max_tokens": 4}
+    drawing = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.1, "seed": 3, "stop": ["END"]}
+    drawing |= {"frequency_penalty": 0.5, "presence_penalty": 0.3, "repetition_penalty": 1.1}
+    reply = web.chat(**fields, **drawing, logprobs=True, top_logprobs=5, unknown_field=1)
+    assert reply.status == 200
+    named = reply.headers["X-Minivllm-Ignored"].split(", ")
+    assert named == [*sorted({*drawing, "logprobs"}), "unknown_field"]
+    assert reply.body["choices"][0]["message"] == web.chat(**fields).body["choices"][0]["message"]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("logprobs", True), ("stop", ["a"]), ("seed", 3), ("top_p", 0.5), ("logit_bias", {"5": 1}), ("min_tokens", 2)],
+    [("logit_bias", {"5": 1}), ("min_tokens", 2), ("bad_words", ["a"]), ("prompt_logprobs", 1)],
 )
-def test_what_has_no_effect_on_beams_is_refused(web: Web, name: str, value: Any):
+def test_what_beams_would_have_to_obey_is_refused(web: Web, name: str, value: Any):
     assert web.chat(use_beam_search=True, n=2, **{name: value}).error["param"] == name
     assert web.chat(length_penalty=2.0).error["param"] == "length_penalty"
 
@@ -291,8 +303,8 @@ def test_what_has_no_effect_on_beams_is_refused(web: Web, name: str, value: Any)
         ({"stream": True, "best_of": 3}, "best_of"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"response_format": {"type": "json"}}, "response_format"),
+        ({"guided_choice": []}, "guided_choice"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 200}]}, "messages"),

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm import LLM, SamplingParams
-from minivllm.entrypoints.run_batch import SAMPLING_FIELDS, _by_text, _completion_logprobs, run_batch_lines
-from minivllm.outputs import Logprob
+from minivllm import LLM, AsyncEngine, SamplingParams
+from minivllm.entrypoints.run_batch import SAMPLING_FIELDS, run_batch_lines
+from tests.entrypoints.helpers import Web
 
 MESSAGES = [{"role": "user", "content": "what is the capital"}]
 
@@ -158,7 +158,9 @@ def test_logprobs_of_a_completion_are_four_lists_of_its_tokens(llm: LLM, count: 
     for token, logprob, top in zip(
         logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
     ):
-        assert next(iter(top.items())) == (token, logprob)  # the sampled one first, then the likeliest
+        name = token if "\ufffd" not in token else next(iter(top))  # no character: named by its bytes
+        assert next(iter(top.items())) == (name, logprob)  # the sampled one first, then the likeliest
+        assert name == token or name.startswith("bytes:")
         assert len(top) <= count + 1
         assert -20 < logprob <= 0
 
@@ -172,7 +174,7 @@ def test_logprobs_of_a_chat_show_as_many_top_tokens_as_were_asked_for(llm: LLM, 
     for position in content:
         assert set(position) == {"token", "logprob", "bytes", "top_logprobs"}
         assert len(position["top_logprobs"]) == count
-        assert bytes(position["bytes"]).decode() == position["token"]
+        assert bytes(position["bytes"]).decode("utf-8", "replace") == position["token"]
         if count:
             first = {name: position[name] for name in ("token", "logprob", "bytes")}
             assert position["top_logprobs"][0] == first  # as in vLLM
@@ -183,21 +185,51 @@ def test_a_chat_without_logprobs_has_none(llm: LLM, fields: dict[str, Any]):
     assert body_of(llm, chat(**fields))["choices"][0]["logprobs"] is None
 
 
-def test_of_tokens_with_one_text_the_first_counts():
-    """Halves of characters all read as U+FFFD; the least likely of them hid the sampled one."""
-    half = "\ufffd"
-    position = {5: Logprob(-1.0, 2, half), 6: Logprob(-0.5, 1, "a"), 7: Logprob(-3.0, 3, half)}
-    assert _by_text(position) == {half: -1.0, "a": -0.5}
+def test_logprobs_are_those_of_the_server_byte_for_byte(tiny_model: Callable[[str], Path]):
+    """Two tokens may read alike (halves of characters): the batch had shapes of its own, in which one hid the other."""
+    llm = LLM(tiny_model("llama"), dtype="float32", num_gpu_blocks_override=64, batch_invariant=True)
+    fields = {"max_tokens": 12, "temperature": 2.0, "seed": 4, "ignore_eos": True}
+    texts = {"prompt": "the", "logprobs": 20, **fields}
+    messages = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 20, **fields}
+    batch = [line("a", "/v1/completions", texts), line("b", "/v1/chat/completions", messages)]
+    found = [answer["response"]["body"]["choices"][0]["logprobs"] for answer in run(llm, batch)]
+    assert any("\ufffd" in entry["token"] for entry in found[1]["content"][0]["top_logprobs"])
+    with AsyncEngine(llm.llm_engine) as engine:
+        web = Web(engine)
+        served = [web.complete(**texts), web.chat(**messages)]
+    assert found == [reply.body["choices"][0]["logprobs"] for reply in served]
 
 
-def test_an_impossible_token_has_a_finite_logprob_because_json_has_no_infinity():
-    logprobs = _completion_logprobs([5], [{5: Logprob(-math.inf, 9, "a")}])
-    assert logprobs == {
-        "text_offset": [0],
-        "tokens": ["a"],
-        "token_logprobs": [-9999.0],
-        "top_logprobs": [{"a": -9999.0}],
-    }
+def test_an_impossible_token_has_a_finite_logprob_because_json_has_no_infinity(llm: LLM):
+    """Only one token is allowed: all others have a probability of 0."""
+    choice = body_of(llm, completion(allowed_token_ids=[270], logprobs=3, max_tokens=1))["choices"][0]
+    assert min(choice["logprobs"]["top_logprobs"][0].values()) >= -9999.0
+
+
+# ------------------------------------------------------------------ as they come
+def test_every_answer_is_handed_on_when_it_is_there(llm: LLM):
+    lines = [completion("slow", max_tokens=40), "nonsense", completion("fast", max_tokens=1), completion("middle")]
+    events: list[Any] = []
+    answers = run_batch_lines(
+        llm.llm_engine,
+        lines,
+        lambda done, total: events.append((done, total)),
+        lambda index, answer: events.append((index, answer["custom_id"], answer["response"] is not None)),
+    )
+    taken = [event for event in events if len(event) == 3]
+    assert taken == [(1, None, True), (2, "fast", True), (3, "middle", True), (0, "slow", True)]
+    assert [answer["custom_id"] for answer in answers] == ["slow", None, "fast", "middle"]
+    assert events.index((2, "fast", True)) < events.index((2, 4))  # counted after it was handed on
+
+
+def test_an_answer_that_cannot_be_written_ends_the_batch_and_leaves_nothing_behind(llm: LLM):
+    def no_space(index: int, answer: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for lines in ([completion(max_tokens=n) for n in (2, 90)], [completion(max_tokens=90), "nonsense"]):
+        with pytest.raises(OSError, match="No space left"):
+            run_batch_lines(llm.llm_engine, lines, lambda *_: None, no_space)
+        assert_idle(llm)
 
 
 # ------------------------------------------------------------------ fields

@@ -291,7 +291,7 @@ def test_a_signal_ends_the_server_with_0_and_the_handlers_are_as_before(engine: 
         urls.append(server.url)
         signal.raise_signal(signal.SIGTERM)
 
-    assert serve(engine, ServerConfig(port=0), ready) == 0
+    assert serve(lambda: engine, ServerConfig(port=0), ready) == 0
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert not engine.is_alive and len(urls) == 1
     with pytest.raises(OSError):
@@ -311,7 +311,7 @@ def test_a_dead_engine_ends_the_server_with_1(engine: AsyncEngine, llm: LLM, mon
             replies.append(post(server, CHAT, messages=HELLO, **LONG))
             eventually(lambda: not engine.is_alive)
 
-    assert serve(engine, ServerConfig(port=0), ready) == 1
+    assert serve(lambda: engine, ServerConfig(port=0), ready) == 1
     assert replies[0].status == 503 and replies[0].error
     for request_id in list(llm.llm_engine.output_processor._parents):
         llm.llm_engine.abort_request(request_id)

@@ -85,6 +85,8 @@ def load(folder: str, package: str) -> list[Module]:
     """Every .py file below a folder of the repository."""
     modules = []
     for file in sorted((ROOT / folder).rglob("*.py")):
+        if "node_modules" in file.parts:  # others' packages, for tests/sdk
+            continue
         if "node_modules" in file.parts:  # Node's packages bring Python files too
             continue
         parts = file.relative_to(ROOT / folder).with_suffix("").parts

@@ -19,6 +19,7 @@ DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp
 # Calls whose results cannot change, by the last part of their name.
 IMMUTABLE_CALLS = frozenset(
     {"frozenset", "tuple", "MappingProxyType", "compile", "TypeVar", "ParamSpec", "NewType", "digest", "Path", "field"}
+    | {"constexpr"}  # triton's
     | {"int", "float", "str", "bytes", "bool", "len", "min", "max", "sum", "range", "property", "cached_property"}
 )
 # Objects that are mutable by nature, with the reason why they may live at module level.
@@ -107,11 +108,12 @@ def mutable_state(modules: Iterable[Module]) -> list[str]:
 def changed_constants(modules: Iterable[Module]) -> list[str]:
     """Tables of module or class level that somebody, anywhere, changes."""
     modules = list(modules)
+    immutable = frozen_classes(modules)
     tables = set()
     for module in modules:
         bodies = [module.tree.body, *(n.body for n in ast.walk(module.tree) if isinstance(n, ast.ClassDef))]
         for binding in (binding for body in bodies for binding in bindings(body)):
-            if is_mutable(binding.value) and (CONSTANT_NAME.fullmatch(binding.name) or binding.annotation):
+            if is_mutable(binding.value, immutable) and (CONSTANT_NAME.fullmatch(binding.name) or binding.annotation):
                 tables.add(binding.name)
     complaints = []
     for module in modules:

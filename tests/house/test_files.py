@@ -21,8 +21,14 @@ from tests.house.source import ROOT, imports, product
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETUP = (ROOT / "setup.cfg").read_text(encoding="utf-8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-# Packages that come with a requirement of ours because that one cannot run without them.
-COMES_WITH = {"tokenizers": "transformers", "huggingface_hub": "transformers", "jinja2": "torch", "werkzeug": "flask"}
+# Packages that come with a requirement of ours because that one cannot run without them; and one of another name.
+COMES_WITH = {
+    "tokenizers": "transformers",
+    "huggingface_hub": "transformers",
+    "jinja2": "torch",
+    "werkzeug": "flask",
+    "yaml": "pyyaml",
+}
 
 
 # ------------------------------------------------------------------ the README's commands

@@ -275,51 +275,6 @@ def test_a_gguf_may_name_several_ends_of_a_turn(tmp_path: Path, ids: Any, expect
     assert loader.load_generation_config(source_of(path)) == expected
 
 
-# ------------------------------------------------------------------ pooling
-def write_pooling(folder: Path, content: Any) -> None:
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("pooling_mode_cls_token", "CLS"), ("pooling_mode_mean_tokens", "MEAN"), ("pooling_mode_lasttoken", "LAST")],
-)
-def test_the_three_kinds_of_pooling(tmp_path: Path, mode: str, expected: Any):
-    others = {"pooling_mode_max_tokens": False, "pooling_mode_mean_tokens": False, "word_embedding_dimension": 64}
-    write_pooling(tmp_path, others | {mode: True})
-    assert loader.load_pooling_type(source_of(tmp_path), is_encoder=True) == expected
-
-
-@pytest.mark.parametrize(
-    "content", [None, {}, {"pooling_mode_mean_tokens": False}, {"pooling_mode_mean_tokens": "true"}]
-)
-def test_without_a_word_an_encoder_takes_its_first_token_and_a_decoder_its_last(tmp_path: Path, content: Any):
-    if content is not None:
-        write_pooling(tmp_path, content)
-    assert loader.load_pooling_type(source_of(tmp_path), is_encoder=True) == "CLS"
-    assert loader.load_pooling_type(source_of(tmp_path), is_encoder=False) == "LAST"
-
-
-@pytest.mark.parametrize(
-    "modes",
-    [
-        ["pooling_mode_max_tokens"],
-        ["pooling_mode_cls_token", "pooling_mode_mean_tokens"],
-        ["pooling_mode_weightedmean_tokens"],
-    ],
-    ids=len,
-)
-def test_another_kind_of_pooling_or_two_at_once_are_refused(tmp_path: Path, modes: list[str]):
-    write_pooling(tmp_path, dict.fromkeys(modes, True))
-    refused(
-        f"exactly one of .* must be on, got {', '.join(sorted(modes))}",
-        loader.load_pooling_type,
-        source_of(tmp_path),
-        True,
-    )
-
-
 # ------------------------------------------------------------------ dtype
 AUTO = [
     # what config.json says, what is stored, with bfloat16 instructions, without

@@ -24,9 +24,8 @@ def long_tiny_llm(folder: Path, **options: Any) -> LLM:
     return LLM(folder, **{"dtype": "float32", "num_gpu_blocks_override": 1200, **options})
 
 
-def closing_bias(llm: LLM) -> dict[int, float]:
+def closing_bias(tokenizer: Tokenizer) -> dict[int, float]:
     """A random model would write strings and lists for ever: make it like what closes them."""
-    tokenizer = llm.get_tokenizer()
     return {
         tokenizer.encode(text)[-1]: bias
         for text, bias in (('"', 9.0), ("}", 12.0), ("]", 12.0), ("n", 6.0), (".", -9.0))
@@ -39,7 +38,7 @@ def params(
     """SamplingParams with the one grammar that `fields` hold, and whatever else they hold."""
     kinds = ("json", "regex", "choice", "grammar", "json_object")
     spec = StructuredOutputsParams(**{kind: fields.pop(kind) for kind in kinds if kind in fields})
-    bias = fields.pop("logit_bias", None) or closing_bias(llm)
+    bias = fields.pop("logit_bias", None) or closing_bias(llm.get_tokenizer())
     return SamplingParams(
         temperature=temperature, seed=seed, max_tokens=max_tokens, logit_bias=bias, structured_outputs=spec, **fields
     )

@@ -22,8 +22,14 @@ LOOK_AHEAD = r"^(?!\.)(?!.*\.\.)[a-z.]+@[a-z]+\.[a-z]{2,}$"  # as zod 4 writes e
         ({"format": "email", "pattern": LOOK_AHEAD}, {"type": "string", "format": "email"}),
         ({"type": "string", "pattern": LOOK_AHEAD}, {"type": "string", "pattern": LOOK_AHEAD}),  # refused later
         ({"type": "array", "uniqueItems": False}, {"type": "array"}),
-        ({"properties": {"title": {"title": "T"}}}, {"properties": {"title": {}}, "type": "object"}),
-        ({"properties": {"a": {"not": {}}}}, {"properties": {"a": False}, "type": "object"}),
+        (
+            {"properties": {"title": {"title": "T"}}},
+            {"properties": {"title": {}}, "type": "object", "additionalProperties": False},
+        ),
+        (
+            {"properties": {"a": {"not": {}}}},
+            {"properties": {"a": False}, "type": "object", "additionalProperties": False},
+        ),
         ({"minimum": 1}, {"minimum": 1, "type": "number"}),
         ({"items": [{"maxLength": 1}]}, {"items": [{"maxLength": 1, "type": "string"}], "type": "array"}),
         ({"allOf": [{"required": ["a"]}]}, {"allOf": [{"required": ["a"]}]}),
@@ -46,6 +52,33 @@ LOOK_AHEAD = r"^(?!\.)(?!.*\.\.)[a-z.]+@[a-z]+\.[a-z]{2,}$"  # as zod 4 writes e
 )
 def test_a_schema_keeps_what_constrains(schema: Any, prepared: Any):
     assert prepare_schema(schema) == prepared
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {"type": "object", "properties": {}},
+        {"type": "object", "properties": {"a": {}}, "additionalProperties": True},
+        {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "null"}},
+        {"type": "object", "properties": {"a": {}}, "patternProperties": {"^b": {}}},
+        {"type": "object", "properties": {"a": {}}, "required": ["b"]},
+        {"type": "object", "properties": {"a": {}}, "minProperties": 2},
+        {"allOf": [{"type": "object", "properties": {"a": {}}}, {"type": "object", "properties": {"b": {}}}]},
+    ],
+    ids=str,
+)
+def test_objects_that_need_other_properties_stay_open(schema: Any):
+    assert prepare_schema(schema) == schema
+
+
+def test_objects_that_list_their_properties_have_no_others_however_deep():
+    inner = {"type": "object", "properties": {"a": {}}}
+    schema = {"type": "array", "items": {"anyOf": [inner, {"type": "object", "additionalProperties": inner}]}}
+    schema["$defs"] = {"d": inner}
+    closed = inner | {"additionalProperties": False}
+    expected = {"type": "array", "items": {"anyOf": [closed, {"type": "object", "additionalProperties": closed}]}}
+    assert prepare_schema(schema) == expected | {"$defs": {"d": closed}}
 
 
 def test_everything_that_cannot_be_honoured_is_listed_with_its_place():

@@ -1,0 +1,90 @@
+"""The command line: serve, chat, generate, embed, pull, plan, run-batch.
+
+    __init__.py      the table of commands, and what an error looks like
+    serving.py       serve                      conversation.py  chat
+    offline.py       generate, embed            batch.py         run-batch
+    models.py        pull, plan                 options.py terminal.py  what they share
+
+Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
+error. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
+Knows no scheduler: it speaks to LLM. Twin in vLLM: vllm/entrypoints/cli/.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from typing import Annotated
+
+import typer
+from rich.panel import Panel
+from rich.text import Text
+
+from minivllm.cli.batch import run_batch
+from minivllm.cli.completion import complete
+from minivllm.cli.conversation import chat
+from minivllm.cli.models import plan, pull
+from minivllm.cli.offline import embed, generate
+from minivllm.cli.serving import serve
+from minivllm.cli.settings import SettingsCommand
+from minivllm.cli.terminal import stderr
+from minivllm.errors import MiniVLLMError
+from minivllm.version import __version__
+
+app = typer.Typer(
+    name="minivllm",
+    help="A readable LLM inference engine. Without --model every command uses SmolLM2-135M-Instruct.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        parts = [f"{name} {_version_of(name)}" for name in ("torch", "triton", "transformers")]
+        typer.echo(f"minivllm {__version__} ({', '.join(parts)})")
+        raise typer.Exit
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # triton comes with torch's CUDA build only
+        return "not installed"
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Versions, then exit.")
+    ] = False,
+) -> None:
+    """A readable LLM inference engine."""
+
+
+for _name, _command in (
+    ("serve", serve),
+    ("chat", chat),
+    ("complete", complete),
+    ("generate", generate),
+    ("embed", embed),
+    ("plan", plan),
+    ("pull", pull),
+    ("run-batch", run_batch),
+):
+    app.command(_name, cls=SettingsCommand)(_command)
+
+
+def main() -> None:
+    """Entry point: expected errors are one clear message and exit code 1, never a traceback."""
+    try:
+        app()
+    except MiniVLLMError as error:
+        console = stderr()
+        if console.is_terminal:
+            console.print(Panel(Text(str(error)), title="error", border_style="red", title_align="left"))
+        else:  # whole lines, for grep
+            typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
