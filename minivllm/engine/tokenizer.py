@@ -302,7 +302,9 @@ class Tokenizer:
             for name, value in self.hf_tokenizer.init_kwargs.items()
             if name not in HIDDEN_SETTINGS and not name.endswith("_file")
         }
-        special = {f"{name}_token": getattr(self.hf_tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+        special = {
+            f"{name}_token": getattr(self.hf_tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")
+        }
         name = type(self.hf_tokenizer).__name__
         return {"tokenizer_class": name, **settings, **special, "chat_template": self.chat_template}
 
@@ -398,7 +400,9 @@ def read_chat_template(value: str | Path) -> str:
         reason = f"line {error.lineno}: {error.message}"
     else:
         return template
-    raise ConfigError(f"chat_template must be a jinja template or a file with one: {reason}.", parameter="chat_template")
+    raise ConfigError(
+        f"chat_template must be a jinja template or a file with one: {reason}.", parameter="chat_template"
+    )
 
 
 def _is_content(node: nodes.Node | None, names: set[str]) -> bool:

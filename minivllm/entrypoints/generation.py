@@ -52,6 +52,7 @@ class Job:
         engine: None: the generating one.
         max_queued: so many of them are in the engine at a time, and the others follow as there is room: a call may
             hold more than the queue. None: all at once, or the call is refused.
+        was_accepted: it is part of a call that runs already, and waits for room instead of being refused.
         options: LLMEngine.process_input's.
     """
 
@@ -66,6 +67,7 @@ class Job:
         is_gone: IsGone,
         engine: AsyncEngine | None = None,
         max_queued: int | None = None,
+        was_accepted: bool = False,
         **options: Any,
     ):
         self._service = service
@@ -73,7 +75,8 @@ class Job:
         self._engine = engine or service.engine
         self._max_queued = max_queued
         self._changed = threading.Condition()
-        self._engine.check_room()  # before anything is tokenised
+        if not was_accepted:
+            self._engine.check_room()  # before anything is tokenised
         names = [prompt_parameter] * len(prompts) if isinstance(prompt_parameter, str) else prompt_parameter
         self.requests: list[EngineCoreRequest] = []
         for prompt, name in zip(prompts, names, strict=True):
@@ -82,7 +85,7 @@ class Job:
         self._streams: list[RequestStream] = []
         with contextlib.ExitStack() as queued:
             for _ in self.requests[:max_queued]:
-                if not self._queue_next(must=max_queued is None or not self._streams):
+                if not self._queue_next(must=not was_accepted and (max_queued is None or not self._streams)):
                     break
                 queued.enter_context(self._streams[-1])
             queued.pop_all()
@@ -206,7 +209,8 @@ class BeamJob:
         step.logprobs = 2 * params.beam_width  # beyond what a caller may ask for
 
         def expand(sequences: Sequence[list[int]]) -> list[dict[int, Logprob]]:
-            job = Job(self._service, list(sequences), step, "prompt", self._is_gone, **self._beam_options)
+            waits = {"max_queued": self._service.engine.max_requests, "was_accepted": True}
+            job = Job(self._service, sequences, step, "prompt", self._is_gone, **waits, **self._beam_options)
             found = collect(job)
             return [output.outputs[0].logprobs[0] for output in found]
 

@@ -263,6 +263,15 @@ def test_beams_are_those_of_llm(web: Web, engine: AsyncEngine, tiny_model: Any):
         assert [c["finish_reason"] for c in body["choices"]] == [s.finish_reason for s in expected]
 
 
+def test_a_beam_wider_than_the_queue_waits_for_room(web: Web, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch):
+    """An idle server with a place for one request answers it, and has room again afterwards."""
+    fields = {"use_beam_search": True, "n": 3, "max_tokens": 4}
+    expected = web.chat(**fields).body["choices"]
+    monkeypatch.setattr(engine, "max_requests", 1)
+    assert web.chat(**fields).body["choices"] == expected
+    assert web.chat(max_tokens=1).status == 200
+
+
 def test_what_only_changes_how_tokens_are_drawn_is_named_and_changes_no_beam(web: Web):
     """The guide sends all of these in one request."""
     fields = {"use_beam_search": True, "best_of": 3, "max_tokens": 4}
