@@ -5,7 +5,7 @@ import { createOpenAI } from '@ai-sdk/openai';
 import { generateText, streamText } from 'ai';
 import { isText, rejection } from '../shared/checks.mjs';
 import { apiKey, baseURL, deadURL, root, smallURL } from '../shared/environment.mjs';
-import { metricsOf } from '../shared/metrics.mjs';
+import { idleMetricsOf, metricsOf } from '../shared/metrics.mjs';
 import { alone, MODEL, vllm } from './lib/ai-provider.mjs';
 
 function withLogging(baseURL, log) {
@@ -120,7 +120,7 @@ describe('monitoring', () => {
   });
 
   test('the server counts what the client counts', async () => {
-    const before = await metricsOf(root(smallURL), apiKey);
+    const before = await idleMetricsOf(root(smallURL), apiKey);
     const { metrics } = await generateWithMetrics('Name three colours.', MODEL, () => {}, alone);
     const after = await metricsOf(root(smallURL), apiKey);
     const grown = (name) => after.get(name) - before.get(name);

@@ -1,4 +1,5 @@
 // GET /metrics: name -> sum over its labels.
+import { until } from './checks.mjs';
 
 export async function metricsOf(url, apiKey) {
   const response = await fetch(`${url}/metrics`, { headers: { Authorization: `Bearer ${apiKey}` } });
@@ -9,4 +10,12 @@ export async function metricsOf(url, apiKey) {
     if (sample) sums.set(sample[1], (sums.get(sample[1]) ?? 0) + Number(sample[2]));
   }
   return sums;
+}
+
+// When nothing runs there.
+export async function idleMetricsOf(url, apiKey) {
+  let metrics;
+  const isIdle = async () => (metrics = await metricsOf(url, apiKey)).get('vllm:num_requests_running') === 0;
+  await until(isIdle, 'the server to be idle');
+  return metrics;
 }

@@ -34,6 +34,7 @@ export default function advancedConfiguration({
       temperature: 0,
       ...PROMPT,
       providerOptions: { vllm: options },
+      include: { responseBody: true }, // 7 leaves it out otherwise
       ...request,
     });
     return { text, choice: response.body.choices[0], body: response.body };

@@ -3,7 +3,7 @@ import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
 import { isText, rejection } from '../checks.mjs';
 import { apiKey, baseURL, deadURL, root, smallURL } from '../environment.mjs';
-import { metricsOf } from '../metrics.mjs';
+import { idleMetricsOf, metricsOf } from '../metrics.mjs';
 
 export default function monitoring({ alone, createOpenAI, generateText, MODEL, streamText, vllm }) {
   function withLogging(baseURL, log) {
@@ -117,7 +117,7 @@ export default function monitoring({ alone, createOpenAI, generateText, MODEL, s
     });
 
     test('the server counts what the client counts', async () => {
-      const before = await metricsOf(root(smallURL), apiKey);
+      const before = await idleMetricsOf(root(smallURL), apiKey);
       const { metrics } = await generateWithMetrics('Name three colours.', MODEL, () => {}, alone);
       const after = await metricsOf(root(smallURL), apiKey);
       const grown = (name) => after.get(name) - before.get(name);

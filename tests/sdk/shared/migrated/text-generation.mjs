@@ -118,7 +118,12 @@ export default function textGeneration({ generateText, streamText, instructed, a
     });
 
     both('response metadata', async (model, api) => {
-      const { response, request } = await generateText({ model: model(MODEL), prompt: 'Hello', maxOutputTokens: 4 });
+      const { response, request } = await generateText({
+        model: model(MODEL),
+        prompt: 'Hello',
+        maxOutputTokens: 4,
+        include: { requestBody: true }, // 7 leaves it out otherwise
+      });
       assert.match(response.id, api === 'chat' ? /^chatcmpl-/ : /^resp_/);
       assert.equal(response.modelId, MODEL);
       assert.ok(Math.abs(response.timestamp - Date.now()) < 60_000);
