@@ -209,7 +209,7 @@ class BeamJob:
         step.logprobs = 2 * params.beam_width  # beyond what a caller may ask for
 
         def expand(sequences: Sequence[list[int]]) -> list[dict[int, Logprob]]:
-            waits = {"max_queued": self._service.engine.max_requests, "was_accepted": True}
+            waits: dict[str, Any] = {"max_queued": self._service.engine.max_requests, "was_accepted": True}
             job = Job(self._service, sequences, step, "prompt", self._is_gone, **waits, **self._beam_options)
             found = collect(job)
             return [output.outputs[0].logprobs[0] for output in found]

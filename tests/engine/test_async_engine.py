@@ -451,10 +451,10 @@ def test_an_exception_of_the_model_fails_the_requests_of_its_step_only(
     execute = llm.llm_engine._executor.execute_model
     failures = iter([RuntimeError("out of memory")])
 
-    def failing(step: Any) -> Any:
+    def failing(step: Any, *masks: Any) -> Any:
         for failure in failures:
             raise failure
-        return execute(step)
+        return execute(step, *masks)
 
     monkeypatch.setattr(llm.llm_engine._executor, "execute_model", failing)
     gate.steps(1)
