@@ -85,6 +85,7 @@ class ChatWriter:
         self._with_token_ids = bool(body.return_token_ids)
         self._num_choices = body.n or 1
         self._num_top_logprobs = num_top_logprobs
+        self._is_forced = turn.choice.kind in ("required", "named") and turn.thinking == "none"
         self._new_reader = turn.new_reader
         self._readers: defaultdict[int, MessageReader] = defaultdict(turn.new_reader)  # of choices that stream
         self._cursors: defaultdict[int, sse.Cursor] = defaultdict(sse.Cursor)
@@ -126,8 +127,8 @@ class ChatWriter:
         return {**self._envelope.open("chat.completion.chunk"), "choices": choices}
 
     def opening(self) -> list[dict[str, Any]]:
-        """The role of every choice."""
-        delta = {"role": "assistant", "content": ""}
+        """The role of every choice. An answer that must be a call has no text, not an empty one: SDK 6 shows that."""
+        delta = {"role": "assistant", "content": None if self._is_forced else ""}
         return [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             for index in range(self._num_choices)

@@ -35,10 +35,10 @@ IsGone = Callable[[], bool]
 # its header names them. The others say what an answer must hold: without them it would be a wrong one.
 DRAWING_FIELDS = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"}
-    | {"stop", "logprobs", "spaces_between_special_tokens"}
+    | {"stop", "spaces_between_special_tokens"}
 )
 BEAM_FIELDS = frozenset(
-    {"n", "best_of", "max_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
+    {"n", "best_of", "max_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "logprobs"}
 )
 
 
@@ -181,11 +181,13 @@ class BeamJob:
         prompt_parameter: str,
         is_gone: IsGone,
         ignored: Sequence[str],
+        with_logprobs: bool,
         **options: Any,
     ):
         self._service = service
         self._params = params
         self.ignored = ignored
+        self._with_logprobs = with_logprobs
         self._num_returned = num_returned
         self._is_gone = is_gone
         self._beam_options = {name: options[name] for name in ("priority", "cache_salt") if name in options}
@@ -205,8 +207,8 @@ class BeamJob:
     def _search(self, request: EngineCoreRequest) -> RequestOutput:
         engine = self._service.engine.engine
         prompt_token_ids, params = request.prompt_token_ids, self._params
-        step = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True)
-        step.logprobs = 2 * params.beam_width  # beyond what a caller may ask for
+        step = SamplingParams(temperature=0.0, max_tokens=1, detokenize=self._with_logprobs, ignore_eos=True)
+        step.logprobs = 2 * params.beam_width  # may be beyond what a caller may ask for; no more are shown
 
         def expand(sequences: Sequence[list[int]]) -> list[dict[int, Logprob]]:
             waits: dict[str, Any] = {"max_queued": self._service.engine.max_requests, "was_accepted": True}
@@ -220,8 +222,9 @@ class BeamJob:
             ended = beam.finish_reason == "stop" and not params.include_stop_str_in_output
             output_ids = beam.tokens[len(prompt_token_ids) :]
             text = engine.decode(output_ids[: -1 if ended else None], skip_special_tokens=params.skip_special_tokens)
+            positions = beam.logprobs if self._with_logprobs else None
             completions.append(
-                CompletionOutput(index, text, output_ids, beam.cum_logprob, None, finish_reason=beam.finish_reason)
+                CompletionOutput(index, text, output_ids, beam.cum_logprob, positions, finish_reason=beam.finish_reason)
             )
         return RequestOutput(request.request_id, request.prompt, prompt_token_ids, completions, finished=True)
 
@@ -284,8 +287,9 @@ def _start(
             raise InvalidRequestError("length_penalty needs use_beam_search.", parameter="length_penalty")
         return Job(service, prompts, params, prompt_parameter, is_gone, **options)
     beam_params = _beam_params(params, body.length_penalty)
+    ignored, with_logprobs = _ignored_by_beams(fields), params.logprobs is not None
     return BeamJob(
-        service, prompts, beam_params, params.n, prompt_parameter, is_gone, _ignored_by_beams(fields), **options
+        service, prompts, beam_params, params.n, prompt_parameter, is_gone, ignored, with_logprobs, **options
     )
 
 

@@ -42,8 +42,8 @@ def beam_search(
             break
         candidates = []
         for beam, logprobs in zip(beams, expand([beam.tokens for beam in beams]), strict=True):
-            for token_id, logprob in logprobs.items():
-                longer = _extend(beam, token_id, logprob)
+            for token_id in logprobs:
+                longer = _extend(beam, token_id, logprobs)
                 if token_id in eos_token_ids and not params.ignore_eos:
                     longer.finish_reason = "stop"
                     completed.append(longer)
@@ -63,9 +63,10 @@ def score(beam: BeamSearchSequence, length_penalty: float) -> float:
     return beam.cum_logprob / max(length, 1) ** length_penalty
 
 
-def _extend(beam: BeamSearchSequence, token_id: int, logprob: Logprob) -> BeamSearchSequence:
+def _extend(beam: BeamSearchSequence, token_id: int, logprobs: dict[int, Logprob]) -> BeamSearchSequence:
+    """All continuations of one beam share its position's logprobs: a copy for each would be width x width x width."""
     return BeamSearchSequence(
         tokens=[*beam.tokens, token_id],
-        cum_logprob=beam.cum_logprob + logprob.logprob,
-        logprobs=[*beam.logprobs, {token_id: logprob}],
+        cum_logprob=beam.cum_logprob + logprobs[token_id].logprob,
+        logprobs=[*beam.logprobs, logprobs],
     )

@@ -280,8 +280,12 @@ def test_what_only_changes_how_tokens_are_drawn_is_named_and_changes_no_beam(web
     reply = web.chat(**fields, **drawing, logprobs=True, top_logprobs=5, unknown_field=1)
     assert reply.status == 200
     named = reply.headers["X-Minivllm-Ignored"].split(", ")
-    assert named == [*sorted({*drawing, "logprobs"}), "unknown_field"]
-    assert reply.body["choices"][0]["message"] == web.chat(**fields).body["choices"][0]["message"]
+    assert named == [*sorted(drawing), "unknown_field"]
+    (choice,) = reply.body["choices"]
+    assert choice["message"] == web.chat(**fields).body["choices"][0]["message"]
+    positions = choice["logprobs"]["content"]
+    assert len(positions) == reply.body["usage"]["completion_tokens"] and len(positions[0]["top_logprobs"]) == 5
+    assert all(position["logprob"] <= position["top_logprobs"][0]["logprob"] for position in positions)
 
 
 @pytest.mark.parametrize(

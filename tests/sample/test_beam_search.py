@@ -118,9 +118,9 @@ def test_two_beams_find_the_path_behind_the_second_best_token():
     assert [math.exp(sequence.cum_logprob) for sequence in found] == pytest.approx([0.36, 0.24])
 
 
-def test_a_sequence_keeps_the_logprob_of_each_of_its_tokens():
+def test_a_sequence_keeps_the_logprobs_of_each_of_its_tokens_and_of_their_rivals():
     first = search(table(TRAP), 2, 2)[0]
-    assert [list(position) for position in first.logprobs] == [[2], [1]]
+    assert [list(position) for position in first.logprobs] == [[1, 2], [1, 2]]
     assert sum(position[token].logprob for position, token in zip(first.logprobs, [2, 1], strict=True)) == (
         pytest.approx(first.cum_logprob)
     )
