@@ -558,7 +558,7 @@ BAD_COMMANDS = [
     ("generate the -m SMALL --top-k -5", "top_k must be 0 or -1 (off), or at least 1"),
     ("generate the -m SMALL --max-tokens 0", "max_tokens must be at least 1, got 0"),
     ("generate the -m SMALL --max-tokens -3 --json", "max_tokens must be at least 1, got -3"),
-    ("generate the -m SMALL --seed 99999999999999999999", "seed must be a 64-bit integer"),
+    ("generate the -m SMALL --seed 99999999999999999999", "seed must be an integer in ["),
     ("generate the -m SMALL --stop a --stop b --stop c --stop d --stop e", "stop must be"),
     ("generate EMPTY -m SMALL", "prompt must not be empty"),
     ("generate SURROGATE -m SMALL", "must be valid Unicode, got a lone surrogate"),
@@ -626,7 +626,10 @@ def test_a_bad_command_is_one_clear_error_and_exit_code_1(
 def test_wrong_usage_is_exit_code_2_before_any_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ):
-    monkeypatch.setattr(cli, "_load", lambda *arguments, **settings: pytest.fail("a model was loaded"))
+    def load(*arguments: Any, **settings: Any) -> Any:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(LLMEngine, "from_model", load)
     code, out, err = run_cli(monkeypatch, capsys, *command.split())
     assert (code, out) == (2, "")
     assert "Usage: minivllm" in err and "Traceback" not in err

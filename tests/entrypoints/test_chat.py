@@ -344,10 +344,10 @@ def break_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Every step but the first `after` fails."""
     execute, count = llm.llm_engine._executor.execute_model, itertools.count()
 
-    def failing(step: Any) -> Any:
+    def failing(step: Any, *masks: Any) -> Any:
         if next(count) >= after:
             raise RuntimeError("secret /srv/path")
-        return execute(step)
+        return execute(step, *masks)
 
     monkeypatch.setattr(llm.llm_engine._executor, "execute_model", failing)
 

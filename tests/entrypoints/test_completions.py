@@ -174,7 +174,8 @@ def test_special_tokens_in_front_can_be_left_out(web: Web, llm: LLM):
 def test_a_stream_waits_for_the_logprobs_of_the_whole_prompt(web: Web):
     """A sibling that found the prompt in the cache draws tokens while the first one still computes it."""
     body, _ = parse(CompletionRequest, {"prompt": [5, 6, 7], "n": 2, "echo": True, "logprobs": 0})
-    writer = CompletionWriter(web.service, body, only_echo=False)
+    with web.app.test_request_context():
+        writer = CompletionWriter(web.service, body, only_echo=False)
     position = {6: Logprob(-1.0, 1, "x")}
     ahead = [CompletionOutput(0, "", [], logprobs=[]), CompletionOutput(1, "x", [6], logprobs=[position])]
     output = RequestOutput("1", None, [5, 6, 7], ahead, finished=False, prompt_logprobs=[None, position])
