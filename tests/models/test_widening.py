@@ -9,7 +9,6 @@ from minivllm.models.widening import WIDEN_FROM_ROWS, Widening
 from tests.models.test_linear import loaded, random
 from tests.tolerances import LINEAR_RTOL
 
-
 # With a matrix unit oneDNN packs bfloat16 otherwise; there bfloat16 is the faster one, and nothing is widened.
 widens = pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="this CPU multiplies bfloat16 in a matrix unit")
 
