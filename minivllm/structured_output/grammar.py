@@ -43,6 +43,7 @@ JSON_OPTIONS: Mapping[str, Any] = MappingProxyType(
     {"whitespace_flexible": False, "coerce_one_of": True, "item_separator": ", ?", "key_separator": ": ?"}
 )
 MAX_LEXER_STATES = 16_384  # about 4 MB for each running request at the worst
+LITERAL_KINDS = frozenset({"json", "regex", "choice"})
 MAX_COMPILE_SECONDS = 1.0  # of processor time; llguidance's own limits stop nearly everything within 0.1
 _PROBE = '{"a": [" b'
 
@@ -149,6 +150,7 @@ class CompiledGrammar:
 
 def compile_grammar(tokenizer: GrammarTokenizer, kind: str, text: str) -> CompiledGrammar:
     """Raises InvalidRequestError with llguidance's reason. The interpreter lock is free meanwhile."""
+    _refuse_special_tokens(tokenizer, kind, text)
     limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     started = time.thread_time()
     try:
@@ -167,6 +169,16 @@ def compile_grammar(tokenizer: GrammarTokenizer, kind: str, text: str) -> Compil
     if time.thread_time() - started > MAX_COMPILE_SECONDS:
         raise _bad_grammar(kind, f"it takes more than {MAX_COMPILE_SECONDS:g} s to compile")
     return grammar
+
+
+def _refuse_special_tokens(tokenizer: GrammarTokenizer, kind: str, text: str) -> None:
+    """A literal that the tokenizer writes as one special token: llguidance would offer that token and then refuse it.
+
+    Grammars of their own ("grammar", "answer") have a syntax for such tokens.
+    """
+    found = [mark for mark in tokenizer.special_ids if mark in text] if kind in LITERAL_KINDS else []
+    if found:
+        raise _bad_grammar(kind, f"{found[0]!r} is one special token of this model and no text: leave it out")
 
 
 def _bad_grammar(kind: str, error: str) -> InvalidRequestError:

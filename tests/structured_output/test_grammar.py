@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
+from golden.tiny import write_tiny_model
 from minivllm import InvalidRequestError, StructuredOutputsParams
 from minivllm.engine.tokenizer import Tokenizer
 from minivllm.structured_output import grammar
@@ -230,3 +234,20 @@ def test_a_tokenizer_that_is_misread_is_refused():
     misread = type(BYTES.backend).from_str(json.dumps(state))
     with pytest.raises(InvalidRequestError, match="read back as"):
         grammar.GrammarTokenizer(misread, BYTES.vocab_size, frozenset({EOS}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"choice": ["yes", "<tool_call>x"]}, {"regex": "<tool_call>[a-c]+"}, {"json": {"const": "<tool_call>"}}],
+    ids=str,
+)
+def test_a_literal_that_is_one_special_token_is_refused_before_it_could_fail(fields: dict[str, Any], tmp_path: Path):
+    """llguidance offers the added token for it, and refuses it when it was drawn."""
+    backend = Backend.from_file(str(write_tiny_model("llama", tmp_path / "llama") / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<tool_call>", special=False)])
+    tokenizer = grammar.GrammarTokenizer(backend, backend.get_vocab_size(), frozenset({0}))
+    params = StructuredOutputsParams(**fields)
+    with pytest.raises(InvalidRequestError, match="'<tool_call>' is one special token of this model"):
+        grammar.compile_grammar(tokenizer, params.kind, grammar.grammar_text(params))
+    free = StructuredOutputsParams(json={"type": "string"})
+    grammar.compile_grammar(tokenizer, free.kind, grammar.grammar_text(free))
