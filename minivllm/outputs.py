@@ -89,6 +89,10 @@ class SchedulerOutput:
 
 
 # ------------------------------------------------------------------ worker -> scheduler
+# The error of a request whose own fields contradict each other: its caller's, where every other one is the engine's.
+NO_TOKEN_LEFT = "No token can be drawn: the masks (grammar, allowed_token_ids, bad_words, min_tokens) leave none."
+
+
 @dataclass(slots=True)
 class Logprob:
     """The log-probability of one token at one position. rank 1 is the most likely token."""

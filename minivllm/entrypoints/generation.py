@@ -25,7 +25,7 @@ from minivllm.entrypoints.output_format import field_of, from_body, naming
 from minivllm.entrypoints.protocol import SAMPLING_FIELDS, GenerationBody, VectorBody
 from minivllm.entrypoints.service import ClientGoneError, Service, ShuttingDownError
 from minivllm.errors import ClientError, InvalidRequestError, OverloadedError, ServerError
-from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
+from minivllm.outputs import NO_TOKEN_LEFT, CompletionOutput, Logprob, RequestOutput
 from minivllm.sample.beam_search import beam_search
 from minivllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -160,6 +160,8 @@ def _naming(prompt_parameter: str) -> Iterator[None]:
 
 def _checked(output: Any) -> Any:
     """Raise if the engine failed the request. Why is for the log: it may speak of the inside."""
+    if output.error == NO_TOKEN_LEFT:
+        raise InvalidRequestError(output.error)
     if output.error is not None:
         logging.getLogger(__name__).error("request %s failed: %s", output.request_id, output.error)
         raise ServerError(output.error)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minivllm.outputs import TokenLogprobs
+from minivllm.outputs import NO_TOKEN_LEFT, TokenLogprobs
 from minivllm.sample import penalties
 from minivllm.sample.logprobs import host_logits, token_logprobs
 from minivllm.sample.metadata import SamplingMetadata
@@ -135,4 +135,4 @@ def _reason(row_max: float) -> str:
         return "The model produced logits that are not numbers (NaN)."
     if row_max > 0:
         return "The model produced an infinite logit."
-    return "No token can be drawn: the masks (grammar, allowed_token_ids, bad_words, min_tokens) leave none."
+    return NO_TOKEN_LEFT

@@ -173,6 +173,17 @@ def test_stop_strings_and_min_tokens_count(web: Web):
     assert re.fullmatch(PLATE, texts(ask(web, CHAT, guided_regex=PLATE, min_tokens=200))[0])
 
 
+@pytest.mark.parametrize("path", [*PROMPTS, "/v1/responses"])
+def test_fields_that_leave_no_token_are_the_callers_error(web: Web, llm: LLM, path: str):
+    """Found only when the draw comes to it; it was a 500, as if the server had failed."""
+    fields = {"allowed_token_ids": llm.get_tokenizer().encode("q"), "structured_outputs": {"regex": "[0-9]+"}}
+    reply = web.post(path, input="a", **fields) if path == "/v1/responses" else ask(web, path, **fields)
+    assert reply.status == 400 and reply.error["message"].startswith("No token can be drawn")
+    if path in PROMPTS:
+        error = [event for event in ask(web, path, stream=True, **fields).events if "error" in event][0]["error"]
+        assert error["type"] == "invalid_request_error"
+
+
 def test_every_prompt_of_a_call_is_followed(web: Web):
     found = texts(ask(web, COMPLETIONS, prompt=["a", "b", [5, 6]], n=2, seed=1, guided_regex=PLATE))
     assert len(found) == 6 and all(re.fullmatch(PLATE, text) for text in found)
