@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType
 from typing import Any
 
@@ -191,6 +192,27 @@ def _prepare_grammars(engine: AsyncEngine) -> None:
         logging.getLogger(__name__).warning("%s", error)
 
 
+def _in_a_thread_that_ends(load: Callable[[], Engines]) -> Engines:
+    """load().
+
+    OpenMP keeps worker threads for every thread that ever computed, as long as it lives. As soon as there are more of
+    them than cores, all of them sleep between two operations instead of waiting awake, and a step takes a third longer.
+    So only the engine's own thread may have any.
+    """
+    done: Future[Engines] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(load())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name="minivllm-load", daemon=True)
+    thread.start()
+    thread.join()
+    return done.result()
+
+
 def serve(load: Callable[[], Engines], config: ServerConfig, on_ready: Callable[[Server], None]) -> int:
     """Listen, load, serve until a signal comes or the engine ends; returns the exit code. For the main thread only.
 
@@ -209,7 +231,7 @@ def serve(load: Callable[[], Engines], config: ServerConfig, on_ready: Callable[
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.start()
-        loaded = load()
+        loaded = _in_a_thread_that_ends(load)
         engines = loaded if isinstance(loaded, tuple) else (loaded,)
         _connect(server, *engines)
         on_ready(server)

@@ -139,6 +139,21 @@ def test_the_port_is_bound_before_the_model_is_loaded(engine: AsyncEngine):
     assert seen == [b"HTTP/1.1 503 Service Unavailable", 200]
 
 
+def test_the_thread_that_loads_has_ended_when_requests_come(engine: AsyncEngine):
+    """OpenMP's helpers of a second thread would make every step a third longer."""
+    loaders = []
+
+    def load() -> AsyncEngine:
+        loaders.append(threading.current_thread())
+        return engine
+
+    def ready(server: Server) -> None:
+        assert loaders[0] is not threading.main_thread() and not loaders[0].is_alive()
+        signal.raise_signal(signal.SIGTERM)
+
+    assert serve(load, ServerConfig(port=0), ready) == 0 and len(loaders) == 1
+
+
 def test_a_port_in_use_is_an_error_before_anything_is_loaded(server: Server):
     def load() -> AsyncEngine:
         raise AssertionError("loaded for nothing")
