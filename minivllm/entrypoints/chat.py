@@ -12,7 +12,7 @@ from flask import Response
 
 from minivllm.entrypoints import logprobs, sse
 from minivllm.entrypoints.answers import Envelope, json_response
-from minivllm.entrypoints.generation import IsGone, Usage, collect, job_headers, start_job
+from minivllm.entrypoints.generation import IsGone, Usage, collect, job_headers, renaming, start_job
 from minivllm.entrypoints.output_format import field_of, from_body, naming
 from minivllm.entrypoints.protocol import ChatRequest
 from minivllm.entrypoints.service import Service
@@ -34,7 +34,10 @@ def create_chat_completion(service: Service, body: ChatRequest, is_gone: IsGone)
     """Raises ClientError, ServerError before anything is sent."""
     sse.check_stream_options(body.stream, body.stream_options)
     num_top = _num_top_logprobs(body)
-    with naming(field_of(body) or ("tools" if body.tools else None)):
+    names = {"logprobs": "top_logprobs"}  # what the layers below call a field that has another name here
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    with renaming(names), naming(field_of(body) or ("tools" if body.tools else None)):
         turn = _begin_turn(service, body)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         wanted = {**turn.sampling_fields, "max_tokens": max_tokens, "logprobs": num_top}

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from minivllm.engine.async_engine import AsyncEngine, RequestStream
@@ -145,6 +146,19 @@ class Job:
         """Give up what still runs. Must be called, also when nothing was read."""
         for stream in self._streams:
             stream.close()
+
+
+@contextlib.contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors name the fields of the endpoint, where the layers below call them something else."""
+    try:
+        yield
+    except ClientError as error:
+        below = error.parameter or ""
+        if below in names:
+            error.message = re.sub(rf"^{below}\b", names[below], error.message)
+            error.parameter = names[below]
+        raise
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from flask import Response
 
 from minivllm.entrypoints import sse
 from minivllm.entrypoints.answers import json_response
-from minivllm.entrypoints.generation import AnyJob, IsGone, job_headers, start_job
+from minivllm.entrypoints.generation import AnyJob, IsGone, job_headers, renaming, start_job
 from minivllm.entrypoints.output_format import field_of, from_body, from_text_format, naming
 from minivllm.entrypoints.protocol import GenerationBody, ResponsesRequest
 from minivllm.entrypoints.response_input import (
@@ -49,7 +49,7 @@ INCLUDABLE = (LOGPROBS, "reasoning.encrypted_content")  # the second has no effe
 KNOWN_QUERY = frozenset({"stream", "starting_after", "include", "include[]", "include_obfuscation"})
 MAX_PAIRS, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512  # of metadata
 # What the layers below call a field that has another name here.
-NAMES: Mapping[str | None, str] = MappingProxyType(
+NAMES: Mapping[str, str] = MappingProxyType(
     {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
 )
 
@@ -123,20 +123,20 @@ def _num_turns_to_drop(
 
 @contextlib.contextmanager
 def _renaming() -> Iterator[None]:
-    """Errors of the layers below name the fields of this endpoint."""
+    """Errors of the layers below speak of the fields of this endpoint."""
     try:
-        yield
+        with renaming(NAMES):
+            yield
     except ClientError as error:
         if error.parameter == "tools":
             error.message = error.message.replace("].function.", "].")  # tools are flat here
-        error.parameter = NAMES.get(error.parameter, error.parameter)
         raise
 
 
 def _form(body: ResponsesRequest, generation: GenerationBody) -> tuple[str | None, StructuredOutputsParams | None]:
     """The form of the answer, and the field that asks for it."""
-    name, text_format = field_of(generation), body.text and body.text.format
-    form = from_text_format(text_format) if text_format else None
+    name, text_format = field_of(generation), body.text.format if body.text is not None else None
+    form = from_text_format(text_format) if text_format is not None else None
     if form is None:
         return name, from_body(generation)
     if name is not None:

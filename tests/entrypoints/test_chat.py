@@ -309,7 +309,7 @@ def test_what_beams_would_have_to_obey_is_refused(web: Web, name: str, value: An
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"320": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),

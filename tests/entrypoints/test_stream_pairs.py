@@ -21,7 +21,7 @@ from tests.entrypoints.response_helpers import streamed as streamed_response
 from tests.entrypoints.tool_models import THINKS, closing_bias, tiny_llm
 
 NUM_CHAT, NUM_COMPLETIONS, NUM_RESPONSES = 200, 150, 150
-WORDS = "the capital of a river is 7 é 한 { ] \n \t value, ok? 😀 token".split(" ")
+WORDS = ["the", "capital", "of", "a", "river", "is", "7", "é", "한", "{", "]", "\n", "\t", "value,", "ok?", "😀"]
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -219,7 +219,7 @@ def test_pair_of_responses(ask: Callable[..., Reply], model: LLM, number: int):
 
 
 def test_the_pairs_reach_what_they_are_for(ask: Callable[..., Reply], model: LLM):
-    """Calls, thinking, each reason to stop and logprobs all occur: a comparison of empty answers would prove nothing."""
+    """Calls, each reason to stop and logprobs all occur: a comparison of empty answers would prove nothing."""
     seen: set[str] = set()
     for number in range(NUM_CHAT):
         body = chat_request(random.Random(f"{CHAT} {number}"), closing_bias(model))
