@@ -625,21 +625,23 @@ def _normalize_tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
     if not isinstance(calls, list | tuple):
         raise _bad_message(f"[{index}].tool_calls must be a list, got {type(calls).__name__}")
     result = []
-    for call in calls:
+    for number, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or call.get("type", "function") != "function":
             raise _bad_message(f"[{index}].tool_calls may hold function calls only")
-        arguments = _parse_arguments(function.get("arguments"))
+        arguments = _parse_arguments(f"[{index}].tool_calls[{number}].function.arguments", function.get("arguments"))
         result.append({**call, "function": {**function, "arguments": arguments}})
     return result
 
 
-def _parse_arguments(arguments: Any) -> dict[str, Any]:
-    if isinstance(arguments, str):
+def _parse_arguments(place: str, arguments: Any) -> dict[str, Any]:
+    """Templates want an object. Nothing at all is none; so is JSON of another kind: the AI SDK sends a call whose
+    arguments it could not read back as a string of JSON."""
+    if isinstance(arguments, str) and arguments:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            return {}
+            raise _bad_message(f"{place} must be JSON, got {_show(arguments)}") from None
     return arguments if isinstance(arguments, dict) else {}
 
 

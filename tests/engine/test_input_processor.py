@@ -372,7 +372,7 @@ def test_developer_becomes_system_where_the_template_does_not_know_it():
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [('{"a": 1}', {"a": 1}), ({"a": 1}, {"a": 1}), ("", {}), (None, {}), ("{bad", {}), ("[1]", {}), ("[" * 99999, {})],
+    [('{"a": 1}', {"a": 1}), ({"a": 1}, {"a": 1}), ("", {}), (None, {}), ("[1]", {}), ('"{bad"', {})],
     ids=type_name,
 )
 def test_tool_call_arguments_become_an_object(arguments, expected):
@@ -424,6 +424,8 @@ def test_empty_tool_calls_and_null_fields_are_dropped_and_tool_results_become_te
         [{"role": "assistant", "content": None, "tool_calls": 5}],
         [{"role": "assistant", "content": None, "tool_calls": [5]}],
         [{"role": "assistant", "content": None, "tool_calls": [{"type": "custom", "function": {}}]}],
+        [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{bad"}}]}],
+        [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "[" * 99999}}]}],
         user("a") * 2049,
     ],
     ids=type_name,
