@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -635,14 +636,18 @@ def _normalize_tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
 
 
 def _parse_arguments(place: str, arguments: Any) -> dict[str, Any]:
-    """Templates want an object. Nothing at all is none; so is JSON of another kind: the AI SDK sends a call whose
-    arguments it could not read back as a string of JSON."""
+    """Templates want an object. A call that was cut, or that the AI SDK could not read, comes back as something else:
+    refusing it would end the conversation for good, so it counts as {} (as in vLLM), and the log says so."""
     if isinstance(arguments, str) and arguments:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            raise _bad_message(f"{place} must be JSON, got {_show(arguments)}") from None
-    return arguments if isinstance(arguments, dict) else {}
+            pass
+    if not isinstance(arguments, dict):
+        if arguments:
+            logging.getLogger(__name__).warning("messages%s is no JSON object: taken for {}", place)
+        return {}
+    return arguments
 
 
 def _bad_message(what: str) -> InvalidRequestError:
