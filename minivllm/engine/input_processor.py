@@ -14,6 +14,7 @@ Twin in vLLM: vllm/v1/engine/input_processor.py and vllm/entrypoints/chat_utils.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -639,10 +640,8 @@ def _parse_arguments(place: str, arguments: Any) -> dict[str, Any]:
     """Templates want an object. A call that was cut, or that the AI SDK could not read, comes back as something else:
     refusing it would end the conversation for good, so it counts as {} (as in vLLM), and the log says so."""
     if isinstance(arguments, str) and arguments:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            pass
     if not isinstance(arguments, dict):
         if arguments:
             logging.getLogger(__name__).warning("messages%s is no JSON object: taken for {}", place)
