@@ -6,7 +6,9 @@ import errno
 import importlib.metadata
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +78,19 @@ def test_version_names_triton_or_says_that_it_is_not_there(
 
     monkeypatch.setattr(importlib.metadata, "version", fake)
     assert expected in minivllm("--version").out
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, cli.SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+)
+def test_waiting_awake_is_bounded_before_torch_is_imported(given: dict[str, str], expected: str):
+    """Without a bound, one busy neighbour on two cores made a token take a second."""
+    code = "import os, sys, minivllm.cli; sys.argv = ['minivllm', '--version']\n"
+    code += "try: minivllm.cli.main()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == f"{expected} False", done.stderr
 
 
 def test_the_help_names_every_command(minivllm: Run):
