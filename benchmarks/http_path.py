@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from workload import Request, random_requests
 
+from minivllm.cli import wait_awake_for_a_moment
+
 console = Console()
 Measured = tuple[list[float], float]  # seconds to each request's first token, seconds to the end of all
 
@@ -135,6 +137,7 @@ def main(
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bf16(machine["flags"]) else "float32"
     os.environ["OMP_NUM_THREADS"] = str(num_cores())
+    wait_awake_for_a_moment()  # both sides, as the command line does
     console.print({**machine, "flags": len(machine["flags"])}, dtype)
     sides: list[Offline | Server] = [Offline(dtype), Server(dtype)]
     try:

@@ -16,6 +16,14 @@ LINEAR_RTOL = 1e-5  # one fp32 product of up to 2000 terms against another order
 KERNEL_ERROR_FACTOR = 2.0  # house law: twice the reference's own error in that dtype, plus one eps of the largest value
 ROUNDED_ONCE = 0.502  # of the dtype's eps: half a step, and a little for a value at the very middle of two
 FLOAT64_RTOL = 1e-12  # two float64 ways to one value: an angle of 1000 turns is known to 1e-13, sums to less
+# RMS(error) / RMS(output) of attention over a cache of codes, for normal values in rows of 64 and queries of size 2:
+INT8_ATTENTION_RMS = 0.02  # a value is off by 0.6 % of the row's RMS (a scale is 2.5 sigma / 127), the scores add to it
+E4M3_ATTENTION_RMS = 0.08  # a value is off by 2.6 % of itself: 3 bits behind the point; the scores add to it
+LOG_SUM_EXP_ATOL = 1e-5  # in base 2, of scores of size 10: fp32 products of 64 terms, and a sum of 200
+
+# RMS(error) / RMS(output) of a product with quantised normal weights:
+INT8_WEIGHT_RMS = 0.01  # a step is 3 sigma / 127 of a row of 384, and a weight is off by 0.29 of it: 0.7 %
+INT4_WEIGHT_RMS = 0.12  # a step is a group's range / 15: 4 sigma in groups of 32, 5.5 in 128; 0.29 of it is 8 to 11 %
 
 # ------------------------------------------------------------------ tests/test_llm.py
 UNIT_LENGTH_ATOL = 1e-5  # fp32 vectors of length 1, and their products: alone or in a batch the sums differ in order

@@ -31,7 +31,8 @@ class Build:
     """One kernel and one configuration.
 
     Args:
-        types: argument -> Triton's type ("*bf16", "i32"); every argument that is no constant.
+        types: argument -> Triton's type ("*bf16", "i32"; "*fp8" for e4m3, which Triton reads as another type on sm_80);
+            every argument that is no constant.
         constants: the compile-time arguments.
         divisible: arguments that are multiples of 16 at every call: without that promise loads are scalar.
         has_dot: its products must be tensor instructions. has_wide_loads: its inner loop must load 128 bits at once.

@@ -48,10 +48,13 @@ class Target:
     shared_bytes_per_multiprocessor: int
     registers: int  # of 32 bits, per multiprocessor
     threads: int  # per multiprocessor
+    fp8: str = "fp8e4nv"  # how Triton reads e4m3 there
 
 
 TARGETS = (
-    Target("sm_80", "A100", GPUTarget("cuda", 80, 32), 108, 2.0e12, 312e12, 163 << 10, 164 << 10, 65536, 2048),
+    Target(
+        "sm_80", "A100", GPUTarget("cuda", 80, 32), 108, 2.0e12, 312e12, 163 << 10, 164 << 10, 65536, 2048, "fp8e4b15"
+    ),
     Target("sm_90", "H100", GPUTarget("cuda", 90, 32), 132, 3.35e12, 989e12, 227 << 10, 228 << 10, 65536, 2048),
     Target("sm_100", "B200", GPUTarget("cuda", 100, 32), 148, 8.0e12, 2250e12, 227 << 10, 228 << 10, 65536, 2048),
     Target("gfx942", "MI300X", GPUTarget("hip", "gfx942", 64), 304, 5.3e12, 1307e12, 64 << 10, 64 << 10, 131072, 2048),
@@ -84,14 +87,21 @@ class Row:
 # ------------------------------------------------------------------ compiling
 def all_builds() -> list[Build]:
     """Every configuration of every kernel."""
+    from minivllm.kernels.logprobs import kernel as logprobs
     from minivllm.kernels.paged_attention import builds as paged_attention
+    from minivllm.kernels.penalties import kernel as penalties
+    from minivllm.kernels.quant_matmul import builds as quant_matmul
     from minivllm.kernels.reshape_and_cache import kernel as reshape_and_cache
     from minivllm.kernels.rms_norm import kernel as rms_norm
     from minivllm.kernels.rotary_embedding import kernel as rotary_embedding
     from minivllm.kernels.silu_and_mul import kernel as silu_and_mul
+    from minivllm.kernels.token_bitmask import kernel as token_bitmask
+    from minivllm.kernels.top_k_top_p import kernel as top_k_top_p
 
-    operations = (paged_attention, reshape_and_cache, rms_norm, rotary_embedding, silu_and_mul)
-    return [build for operation in operations for build in operation.builds()]
+    attention = (paged_attention, reshape_and_cache, rotary_embedding)
+    rows = (rms_norm, silu_and_mul, quant_matmul)
+    sampling = (token_bitmask, penalties, logprobs, top_k_top_p)
+    return [build for operation in (*attention, *rows, *sampling) for build in operation.builds()]
 
 
 def compile_build(build: Build, target: Target) -> Any:
@@ -102,7 +112,8 @@ def compile_build(build: Build, target: Target) -> Any:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = build.constants[parameter.name]
             continue
-        signature[parameter.name] = build.types[parameter.name]
+        type_name = build.types[parameter.name]
+        signature[parameter.name] = f"*{target.fp8}" if type_name == "*fp8" else type_name
         if parameter.name in build.divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -266,7 +277,15 @@ def fingerprint() -> str:
     """Of every source that a row depends on."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
-        if file.name in ("kernel.py", "builds.py", "build.py", "split.py", "report.py"):
+        if file.name in (
+            "kernel.py",
+            "builds.py",
+            "build.py",
+            "split.py",
+            "tiles.py",
+            "report.py",
+            "quantised_cache.py",
+        ):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

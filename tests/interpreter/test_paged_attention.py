@@ -141,16 +141,18 @@ def test_any_ragged_batch(data: st.DataObject):
 
 
 # ------------------------------------------------------------------ memory
-def test_a_cache_beyond_two_to_the_31_values_is_read_at_the_right_place():
-    """Blocks at the far end: their offsets do not fit into 32 bits. Only the touched pages exist."""
-    batch = make_batch([Request(20, seed=1)], Shape(1, 1, 256, 16, torch.float16))
+@pytest.mark.parametrize(("num_kv_heads", "log2_of_a_head"), [(1, 31), (3, 30)], ids=["far block", "far head"])
+def test_a_cache_beyond_two_to_the_31_values_is_read_at_the_right_place(num_kv_heads: int, log2_of_a_head: int):
+    """Blocks at the far end of a head, or the last of three heads: their offsets do not fit into 32 bits. Only the
+    touched pages exist."""
+    batch = make_batch([Request(20, seed=1)], Shape(num_kv_heads, 1, 256, 16, torch.float16))
     expected = batch.run(impl="triton")
     batch.metadata.plan = None
-    num_blocks = 2**31 // (16 * 256) + 64
+    num_blocks = 2**log2_of_a_head // (16 * 256) + 64
     table = batch.metadata.block_table
     caches = []
     for cache in batch[2:4]:
-        large = torch.empty(1, num_blocks, 16, 256, dtype=torch.float16)
+        large = torch.empty(num_kv_heads, num_blocks, 16, 256, dtype=torch.float16)
         for column in range(2):
             large[:, num_blocks - 1 - column] = cache[:, table[0, column]]
         caches.append(large)

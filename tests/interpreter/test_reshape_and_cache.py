@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minivllm.kernels.reshape_and_cache import reshape_and_cache
-from tests.interpreter.helpers import DTYPES
+from tests.interpreter.helpers import DTYPES, far_apart
 from tests.kernels.helpers import as_bits, random_values
 
 
@@ -40,3 +40,21 @@ def test_offsets_beyond_two_to_the_31_are_right():
     reshape_and_cache(key, value, k_cache, v_cache, torch.tensor([slot]), impl="triton")
     assert torch.equal(k_cache[0, -1, -1], key[0, 0])
     assert torch.equal(v_cache[0, -1, -1], value[0, 0])
+
+
+def test_every_stride_of_keys_and_values_is_taken_as_it_is():
+    """Keys and values lie apart, each in wider rows of its own."""
+    key = random_values(3, 3, 40, dtype=torch.float32, seed=1)[:, :2, 8:24]
+    value = random_values(3, 2, 56, dtype=torch.float32, seed=2)[:, :, 16:32]
+    k_cache, v_cache = (torch.full((2, 1, 16, 16), torch.nan) for _ in "kv")
+    reshape_and_cache(key, value, k_cache, v_cache, torch.tensor([9, 2, 4]), impl="triton")
+    for cache, rows in ((k_cache, key), (v_cache, value)):
+        assert torch.equal(cache[:, 0, [9, 2, 4]], rows.transpose(0, 1))
+
+
+def test_keys_and_values_of_tokens_that_lie_far_apart():
+    rows = far_apart(3, 2, 16)
+    k_cache, v_cache = (torch.zeros(2, 1, 16, 16, dtype=torch.float16) for _ in "kv")
+    reshape_and_cache(rows, rows, k_cache, v_cache, torch.tensor([1, 0, 2]), impl="triton")
+    for cache in (k_cache, v_cache):
+        assert torch.equal(cache[:, 0, [1, 0, 2]], rows.transpose(0, 1))

@@ -71,7 +71,8 @@ def random_values(*shape: int, dtype: torch.dtype, seed: int = 0, size: float = 
 
 def as_bits(values: torch.Tensor) -> torch.Tensor:  # [...], [...]
     """The same memory as integers, so that NaN equals itself and 0.0 is not -0.0."""
-    return values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.contiguous().view(integers[values.dtype.itemsize])
 
 
 # ------------------------------------------------------------------ ragged batches

@@ -7,6 +7,8 @@
 This step's keys and values are already in the cache (reshape_and_cache runs first). Query head h reads KV head
 h // (num_heads / num_kv_heads). Encoders have no cache: `encoder_attention` below.
 
+A quantised cache (quantised_cache.py) stands for the values code * scale; the reference and Triton's kernel read it.
+
 A slot is read only if it holds a position below its request's seq_len: unused slots may contain anything, NaN too.
 Called by models/layers.py. Twin in vLLM: v1/attention/backends and ops/triton_unified_attention.py.
 """
@@ -18,6 +20,7 @@ import torch
 from minivllm.kernels.dispatch import choose
 from minivllm.kernels.paged_attention import cpu, reference
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata, validate_metadata
+from minivllm.kernels.quantised_cache import check_scales, is_quantised
 
 __all__ = ["AttentionMetadata", "encoder_attention", "paged_attention", "validate_metadata"]
 
@@ -32,6 +35,8 @@ def paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,  # [num_heads] fp32
+    k_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size] fp32, for an int8 or float8 cache
+    v_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size] fp32
     impl: str = "auto",
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """Attention of every query row over its own request's context; `sliding_window` counts keys, its own included.
@@ -41,10 +46,12 @@ def paged_attention(
     on every call (about 2 microseconds); metadata once per step, on the call that finds `metadata.plan` empty.
     """
     _check_tensors(query, k_cache, v_cache, metadata)
+    check_scales(k_cache, v_cache, k_scales, v_scales)
     if metadata.plan is None:
         _check_options(query, metadata, sliding_window, soft_cap, alibi_slopes)
         validate_metadata(metadata, num_blocks=k_cache.shape[1])
-    return _implementation(impl, query).paged_attention(
+    scales = {"k_scales": k_scales, "v_scales": v_scales} if is_quantised(k_cache) else {}
+    return _implementation(impl, query, has_scales=bool(scales)).paged_attention(
         query,
         k_cache,
         v_cache,
@@ -53,6 +60,7 @@ def paged_attention(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         alibi_slopes=alibi_slopes,
+        **scales,
     )
 
 
@@ -108,7 +116,9 @@ def _check_tensors(
         )
     if num_tokens != metadata.query_start_loc[-1]:
         raise ValueError(f"query: expected {metadata.num_tokens} rows as query_start_loc says, got {num_tokens}")
-    if query.dtype != k_cache.dtype or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+    if not (query.dtype == k_cache.dtype or is_quantised(k_cache)) or not (
+        k_cache.is_contiguous() and v_cache.is_contiguous()
+    ):
         raise ValueError(
             f"k_cache, v_cache: expected contiguous tensors of the query's dtype {query.dtype}, got {k_cache.dtype}, "
             f"contiguous {k_cache.is_contiguous()} and {v_cache.is_contiguous()}"
@@ -132,8 +142,18 @@ def _check_options(
         raise ValueError(f"alibi_slopes: expected [{query.shape[1]}], got {list(alibi_slopes.shape)}")
 
 
-def _implementation(impl: str, query: torch.Tensor) -> ModuleType:  # [num_tokens, num_heads, head_size]
+def _implementation(
+    impl: str,
+    query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    *,
+    has_scales: bool,
+) -> ModuleType:
+    """The CPU path reads long runs of the cache in place, so it has no use for codes: there the reference steps in."""
     chosen = choose(impl, query)
+    if chosen == "cpu" and has_scales:
+        if impl == "cpu":
+            raise ValueError("impl: 'cpu' reads no quantised cache; use 'auto', which takes the reference on a CPU")
+        return reference
     if chosen == "triton":
         from minivllm.kernels.paged_attention import kernel  # only here: triton is not everywhere
 

@@ -4,11 +4,14 @@ Knows no compiler. Called by report.py. Twin in vLLM: none.
 """
 
 import dataclasses
+from types import MappingProxyType
 
 from minivllm.kernels.build import Build, Workload
 from minivllm.kernels.paged_attention.split import Launch, choose_launch, next_power_of_2
 
 KV_BYTES = 2  # of one bfloat16
+SCALE_BYTES = 4  # beside head_size codes of one byte
+CACHE_TYPES = MappingProxyType({"bf16": "*bf16", "int8": "*i8", "fp8": "*fp8"})  # "fp8": as report.Target.fp8 reads it
 BLOCK_SIZE = 16
 MULTIPROCESSORS = 132  # of an H100, for the named workloads
 
@@ -27,7 +30,14 @@ class Heads:
 
 
 def step_launch(
-    heads: Heads, rows_per_request: int, batch: int, context: int, multiprocessors: int, *, has_slopes: bool = False
+    heads: Heads,
+    rows_per_request: int,
+    batch: int,
+    context: int,
+    multiprocessors: int,
+    *,
+    has_slopes: bool = False,
+    is_quantised: bool = False,
 ) -> Launch:
     """The launch of a step of equal requests."""
     return choose_launch(
@@ -39,14 +49,18 @@ def step_launch(
         heads.head_size,
         multiprocessors=multiprocessors,
         has_slopes=has_slopes,
+        is_quantised=is_quantised,
     )
 
 
-def step_workload(heads: Heads, rows_per_request: int, batch: int, context: int, launch: Launch) -> Workload:
+def step_workload(
+    heads: Heads, rows_per_request: int, batch: int, context: int, launch: Launch, *, is_quantised: bool = False
+) -> Workload:
     """A step of `batch` requests, each with `context` keys of which the last `rows_per_request` are its own."""
+    key_bytes = heads.head_size + SCALE_BYTES if is_quantised else heads.head_size * KV_BYTES
     tokens = batch * rows_per_request
     tiles_per_request = -(-rows_per_request // launch.block_q)
-    key_reads = batch * context * heads.num_kv_heads * heads.head_size * 2 * KV_BYTES
+    key_reads = batch * context * heads.num_kv_heads * 2 * key_bytes
     rows = tokens * heads.num_heads * heads.head_size
     num_bytes = key_reads + 2 * rows * KV_BYTES + batch * context // BLOCK_SIZE * 4
     if launch.num_splits > 1:
@@ -57,13 +71,22 @@ def step_workload(heads: Heads, rows_per_request: int, batch: int, context: int,
         bytes=num_bytes,
         flops=int(4 * rows * visible),
         programs=batch * tiles_per_request * heads.num_kv_heads * launch.num_splits,
-        bytes_in_flight=2 * 2 * launch.tile * heads.head_size * KV_BYTES,
+        bytes_in_flight=2 * 2 * launch.tile * key_bytes,
     )
 
 
 def builds() -> list[Build]:
-    """Decodes with splits, and prefills, of a small model and of Llama-3-8B; the options; the merge."""
+    """Decodes with splits, and prefills, of a small model and of Llama-3-8B; the options; the merge; the same over
+    quantised caches, and once in float16, which multiplies values by their scales elsewhere."""
     small, large = Heads(9, 3, 64), Heads(32, 8, 128)
+    quantised = {
+        "decode 64": (small, 1, 1, 4096),
+        "decode 128": (large, 1, 1, 8192),
+        "decode 256": (Heads(8, 4, 256), 1, 64, 4096),
+        "prefill 64": (small, 1024, 1, 1024),
+        "prefill 128": (large, 1024, 1, 1024),
+        "prefill 256": (Heads(8, 4, 256), 512, 1, 4096),
+    }
     return [
         _build("decode 64", small, 1, 1, 4096),
         _build("decode 128", large, 1, 1, 8192),
@@ -73,16 +96,38 @@ def builds() -> list[Build]:
         _build("prefill 128, window, slopes", large, 1024, 1, 4096, sliding_window=1024, HAS_SLOPES=True),
         _build("prefill 256, cap", Heads(8, 4, 256), 512, 1, 4096, HAS_CAP=True),
         _merge("merge 128", large, 32),
+        _build("decode 128, int8, float16", large, 1, 1, 8192, cache="int8", query="*fp16"),
+        *(
+            _build(f"{name}, {codes}", *step, cache=codes)
+            for codes in ("int8", "fp8")
+            for name, step in quantised.items()
+        ),
     ]
 
 
 def _build(
-    name: str, heads: Heads, rows_per_request: int, batch: int, context: int, *, sliding_window: int = 0, **flags: bool
+    name: str,
+    heads: Heads,
+    rows_per_request: int,
+    batch: int,
+    context: int,
+    *,
+    sliding_window: int = 0,
+    cache: str = "bf16",
+    query: str = "*bf16",
+    **flags: bool,
 ) -> Build:
     from minivllm.kernels.paged_attention import kernel
 
+    is_quantised = cache != "bf16"
     launch = step_launch(
-        heads, rows_per_request, batch, context, MULTIPROCESSORS, has_slopes=flags.get("HAS_SLOPES", False)
+        heads,
+        rows_per_request,
+        batch,
+        context,
+        MULTIPROCESSORS,
+        has_slopes=flags.get("HAS_SLOPES", False),
+        is_quantised=is_quantised,
     )
     has_splits = launch.num_splits > 1
     strides = ("query_token_stride", "query_head_stride")
@@ -91,10 +136,11 @@ def _build(
         name=name,
         kernel=kernel.paged_attention_kernel,
         types={
-            **dict.fromkeys(("query_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16"),
+            "query_ptr": query,
+            **dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), CACHE_TYPES[cache]),
             **dict.fromkeys(("block_table_ptr", "query_start_loc_ptr", "seq_lens_ptr"), "*i32"),
-            **dict.fromkeys(("alibi_slopes_ptr", "lse_ptr"), "*fp32"),
-            "out_ptr": "*fp32" if has_splits else "*bf16",
+            **dict.fromkeys(("k_scales_ptr", "v_scales_ptr", "alibi_slopes_ptr", "lse_ptr"), "*fp32"),
+            "out_ptr": "*fp32" if has_splits else query,
             **dict.fromkeys(("scale", "soft_cap"), "fp32"),
             **dict.fromkeys(("num_reqs", "num_tokens", "num_slots", *strides), "i32"),
             **dict.fromkeys(("block_table_stride", "split_len"), "i32"),
@@ -107,6 +153,7 @@ def _build(
             "sliding_window": sliding_window,
             **{flag: flags.get(flag, False) for flag in ("HAS_CAP", "HAS_SLOPES")},
             "HAS_SPLITS": has_splits,
+            "IS_QUANTISED": is_quantised,
             "UPCAST": False,
             "BLOCK_M": launch.block_m,
             "BLOCK_Q": launch.block_q,
@@ -116,7 +163,7 @@ def _build(
         divisible=frozenset({"query_ptr", "k_cache_ptr", "v_cache_ptr", "out_ptr", "num_slots", "split_len", *strides}),
         num_threads=32 * launch.num_warps,
         num_stages=launch.num_stages,
-        workload=step_workload(heads, rows_per_request, batch, context, launch),
+        workload=step_workload(heads, rows_per_request, batch, context, launch, is_quantised=is_quantised),
         has_dot=True,
     )
 

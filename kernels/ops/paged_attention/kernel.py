@@ -12,6 +12,9 @@ rows ends at once. A long context with few tiles is cut into splits that run sid
 The tiles of keys lie at multiples of TILE from position 0, whatever the block size or the chunk; so a row's bits depend
 on its own request only, as long as the split length is fixed, and with metadata.batch_invariant there are no splits.
 
+Codes of a quantised cache become values of the query's type, which is exact. Scales are numbers per key: those of the
+keys multiply the scores, those of the values the weights.
+
 Called by the package on GPU tensors. Twin in vLLM: v1/attention/ops/triton_unified_attention.py. Paper:
 FlashAttention-2, arXiv 2307.08691; split keys: Flash-Decoding.
 """
@@ -49,10 +52,26 @@ def _find_request(
 
 
 @triton.jit
+def _widened(codes, dtype: tl.constexpr):
+    """Exact in every type: a code has at most 8 significant bits. e4b15 knows the way to float16 only."""
+    if codes.dtype == tl.float8e4b15:
+        codes = codes.to(tl.float16)
+    return codes.to(dtype)
+
+
+@triton.jit
+def _code_unit(cache_ptr):
+    """How often a code's value is too small as its type reads it: e4b15 reads the bits of e4m3 as 2^-8 of it."""
+    return 256.0 if cache_ptr.dtype.element_ty == tl.float8e4b15 else 1.0
+
+
+@triton.jit
 def paged_attention_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     k_cache_ptr,  # [num_kv_heads, num_blocks, block_size, head_size]
     v_cache_ptr,
+    k_scales_ptr,  # [num_kv_heads, num_blocks, block_size] fp32, read only where IS_QUANTISED
+    v_scales_ptr,
     block_table_ptr,  # [num_reqs, max_blocks] int32
     query_start_loc_ptr,  # [num_reqs + 1] int32
     seq_lens_ptr,  # [num_reqs] int32
@@ -76,6 +95,7 @@ def paged_attention_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_SPLITS: tl.constexpr,
+    IS_QUANTISED: tl.constexpr,
     UPCAST: tl.constexpr,  # widen what tl.dot multiplies: the interpreter computes bf16 products wrongly
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,  # BLOCK_M // group
@@ -141,10 +161,21 @@ def paged_attention_kernel(
         values = tl.load(
             v_cache_ptr + offset[:, None] + dims[None, :], mask=is_key[:, None] & is_dim[None, :], other=0.0
         )  # [TILE, BLOCK_D]
-        if UPCAST:
+        if IS_QUANTISED:
+            scale_offset = kv_head.to(tl.int64) * num_slots + slot  # [TILE]
+            key_scales = tl.load(k_scales_ptr + scale_offset, mask=is_key, other=0.0) * _code_unit(k_cache_ptr)
+            value_scales = tl.load(v_scales_ptr + scale_offset, mask=is_key, other=0.0) * _code_unit(v_cache_ptr)
+            keys = _widened(keys, query.dtype)
+            if query.dtype == tl.float16:  # a weight times a scale may be too small for it; a value is not
+                values = (_widened(values, tl.float32) * value_scales[:, None]).to(query.dtype)
+            else:
+                values = _widened(values, query.dtype)
+        elif UPCAST:
             keys = keys.to(tl.float32)
             values = values.to(tl.float32)
         scores = tl.dot(query, keys, input_precision="ieee") * scale  # [BLOCK_M, TILE]
+        if IS_QUANTISED:
+            scores *= key_scales[None, :]
         if HAS_CAP:  # tanh of the absolute value, and the sign again
             small = tl.exp(-2 * tl.abs(scores) / soft_cap)  # never overflows
             scores = tl.where(scores >= 0, soft_cap, -soft_cap) * (1 - small) / (1 + small)
@@ -161,6 +192,8 @@ def paged_attention_kernel(
         weights = tl.exp2(scores - safe_max[:, None])  # [BLOCK_M, TILE]
         rescale = tl.exp2(running_max - safe_max)
         running_sum = running_sum * rescale + tl.sum(weights, axis=1)
+        if IS_QUANTISED and query.dtype != tl.float16:
+            weights *= value_scales[None, :]
         acc = acc * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         running_max = new_max
 
@@ -214,6 +247,17 @@ class StepTensors:
         self.max_seq_len = max(metadata.seq_lens)
 
 
+def _as_stored(cache: torch.Tensor) -> torch.Tensor | triton.runtime.jit.TensorWrapper:
+    """cache [num_kv_heads, num_blocks, block_size, head_size], with a type that Triton has for this GPU: before sm_89
+    it knows e4m3 with another bias only."""
+    is_old = (
+        cache.device.type == "cuda"
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(cache.device) < (8, 9)
+    )
+    return triton.reinterpret(cache, tl.float8e4b15) if cache.dtype == torch.float8_e4m3fn and is_old else cache
+
+
 def paged_attention(
     query: torch.Tensor,  # [num_tokens, num_heads, head_size]
     k_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
@@ -224,6 +268,8 @@ def paged_attention(
     sliding_window: int | None,
     soft_cap: float | None,
     alibi_slopes: torch.Tensor | None,  # [num_heads] fp32
+    k_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size] fp32
+    v_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size] fp32
     launch: Launch | None = None,
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """See the package's docstring. Fills metadata.plan on the first call of a step. launch: None chooses one."""
@@ -246,6 +292,7 @@ def paged_attention(
         multiprocessors=num_multiprocessors(query.device),
         batch_invariant=metadata.batch_invariant,
         has_slopes=alibi_slopes is not None,
+        is_quantised=k_scales is not None,
     )
     query = query if query.stride(2) == 1 else query.contiguous()
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -257,8 +304,10 @@ def paged_attention(
     block_d = triton.next_power_of_2(head_size)
     paged_attention_kernel[(launch.num_tiles, num_kv_heads, launch.num_splits)](
         query,
-        k_cache,
-        v_cache,
+        _as_stored(k_cache),
+        _as_stored(v_cache),
+        step.seq_lens if k_scales is None else k_scales,
+        step.seq_lens if v_scales is None else v_scales,
         step.block_table,
         step.query_start_loc,
         step.seq_lens,
@@ -282,7 +331,8 @@ def paged_attention(
         HAS_CAP=soft_cap is not None,
         HAS_SLOPES=alibi_slopes is not None,
         HAS_SPLITS=has_splits,
-        UPCAST=query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1",
+        IS_QUANTISED=k_scales is not None,
+        UPCAST=query.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1",
         BLOCK_M=launch.block_m,
         BLOCK_Q=launch.block_q,
         BLOCK_D=block_d,

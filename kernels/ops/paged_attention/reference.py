@@ -20,6 +20,8 @@ def paged_attention(
     sliding_window: int | None,
     soft_cap: float | None,
     alibi_slopes: torch.Tensor | None,  # [num_heads]
+    k_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size]
+    v_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size]
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """Row at position p of a request attends that request's keys at positions 0..p. See the package's docstring."""
     out = torch.empty_like(query)
@@ -36,8 +38,8 @@ def paged_attention(
             visible &= distance < sliding_window
         out[rows] = _attend(
             query[rows].transpose(0, 1),
-            k_cache[:, blocks, offsets],
-            v_cache[:, blocks, offsets],
+            _values(k_cache, k_scales, blocks, offsets, query.dtype),
+            _values(v_cache, v_scales, blocks, offsets, query.dtype),
             visible,
             scale=scale,
             soft_cap=soft_cap,
@@ -61,6 +63,21 @@ def encoder_attention(
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
         out[start:end] = _attend(q, k, v, visible, scale=scale, soft_cap=None, bias=None).transpose(0, 1)
     return out
+
+
+def _values(
+    cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    scales: torch.Tensor | None,  # [num_kv_heads, num_blocks, block_size]
+    blocks: torch.Tensor,  # [seq_len]
+    offsets: torch.Tensor,  # [seq_len]
+    dtype: torch.dtype,
+) -> torch.Tensor:  # [num_kv_heads, seq_len, head_size]
+    """One request's keys or values; codes times scales, computed in float32 at least and rounded to dtype."""
+    found = cache[:, blocks, offsets]
+    if scales is None:
+        return found
+    wide = torch.promote_types(dtype, torch.float32)
+    return (found.to(wide) * scales[:, blocks, offsets, None].to(wide)).to(dtype)
 
 
 def _attend(

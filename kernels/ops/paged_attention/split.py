@@ -27,6 +27,8 @@ PREFILL_BLOCK_M = 64
 # multiplies: its 64 rows fill the registers, so tiles are shorter, and from 256 dimensions on eight warps share them.
 DECODE = MappingProxyType({64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)})
 PREFILL = MappingProxyType({64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 2)})
+# Codes wait in registers to become values: the tiles above spill on sm_80 (64) and gfx942 (256).
+QUANTISED_PREFILL = MappingProxyType({64: (32, 4, 3), 128: (32, 4, 2), 256: (16, 8, 2)})
 FIXED = MappingProxyType(
     {64: (32, 4, 2), 128: (32, 4, 2), 256: (32, 4, 2)}
 )  # batch-invariant: one for decode and prefill
@@ -62,6 +64,7 @@ def choose_launch(
     multiprocessors: int,
     batch_invariant: bool = False,
     has_slopes: bool = False,
+    is_quantised: bool = False,
 ) -> Launch:
     """The launch for one step."""
     is_decode = num_tokens == num_reqs
@@ -69,10 +72,11 @@ def choose_launch(
     if not is_decode and not batch_invariant:  # invariant rows have one tile in every step
         block_m = max(block_m, PREFILL_BLOCK_M)
     block_q = block_m // group
-    config = FIXED if batch_invariant else DECODE if is_decode else PREFILL
+    prefill = QUANTISED_PREFILL if is_quantised else PREFILL
+    config = FIXED if batch_invariant else DECODE if is_decode else prefill
     size = next(limit for limit in sorted(config) if head_size <= limit)
     tile, num_warps, num_stages = config[size]
-    if has_slopes and config is PREFILL and size == 128:
+    if has_slopes and config is prefill and size == 128:
         tile = 16  # the slopes take the registers of half a tile on sm_80
     split_len, num_splits = -(-max_seq_len // tile) * tile, 1
     if is_decode and not batch_invariant:

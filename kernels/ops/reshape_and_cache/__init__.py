@@ -2,6 +2,10 @@
 
     cache[:, slot // block_size, slot % block_size] = row,      slot = slot_mapping[token]
 
+A quantised cache gets codes and scales instead (quantised_cache.py says what they are):
+
+    scale = max |row| / LARGEST_CODE,      cache[...] = round(row / scale),      to the nearest code, ties to even
+
 Slot -1 means: do not write (padding). All other slots must lie in the cache and differ from each other. Untouched
 slots keep their content. Called by models/layers.py before attention, so that a token also sees itself.
 Twin in vLLM: csrc/cache_kernels.cu (reshape_and_cache) and v1/attention/ops/triton_reshape_and_cache_flash.py.
@@ -12,6 +16,7 @@ from types import ModuleType
 import torch
 
 from minivllm.kernels.dispatch import choose
+from minivllm.kernels.quantised_cache import check_scales, is_quantised
 from minivllm.kernels.reshape_and_cache import cpu, reference
 
 __all__ = ["reshape_and_cache"]
@@ -24,9 +29,11 @@ def reshape_and_cache(
     v_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
     *,
+    k_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size] fp32, for an int8 or float8 cache
+    v_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size] fp32
     impl: str = "auto",
 ) -> None:
-    """Changes k_cache and v_cache in place.
+    """Changes k_cache and v_cache in place, and of quantised caches the scales. Rows to quantise must be finite.
 
     Raises ValueError naming both sides where shapes or dtypes do not fit, or where a slot lies outside the cache: no
     such slot is ever written. On a GPU it is skipped without a word: to find it would be to wait for the device.
@@ -41,9 +48,13 @@ def reshape_and_cache(
         raise ValueError(
             f"slot_mapping: expected [{key.shape[0]}] int64, got {list(slot_mapping.shape)} {slot_mapping.dtype}"
         )
-    if key.dtype != k_cache.dtype or value.dtype != v_cache.dtype:
+    check_scales(k_cache, v_cache, k_scales, v_scales)
+    if is_quantised(k_cache):
+        if key.dtype != value.dtype or not key.is_floating_point():
+            raise ValueError(f"key, value: expected one floating-point type, got {key.dtype} and {value.dtype}")
+    elif key.dtype != k_cache.dtype or value.dtype != v_cache.dtype:
         raise ValueError(f"key, value: expected {k_cache.dtype} as the caches, got {key.dtype} and {value.dtype}")
-    _implementation(impl, key).write(key, value, k_cache, v_cache, slot_mapping)
+    _implementation(impl, key).write(key, value, k_cache, v_cache, slot_mapping, k_scales, v_scales)
 
 
 def _implementation(impl: str, x: torch.Tensor) -> ModuleType:  # [...]

@@ -5,6 +5,8 @@ Twin in vLLM: csrc/cpu/cache.cpp.
 
 import torch
 
+from minivllm.kernels.quantised_cache import LARGEST_CODE, SMALLEST_SCALE
+
 
 def write(
     key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
@@ -12,10 +14,31 @@ def write(
     k_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
     v_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
+    k_scales: torch.Tensor | None,  # [num_kv_heads, num_blocks, block_size] fp32
+    v_scales: torch.Tensor | None,  # [num_kv_heads, num_blocks, block_size] fp32
 ) -> None:
     """See the package's docstring."""
-    _write(key, k_cache, slot_mapping)
-    _write(value, v_cache, slot_mapping)
+    for rows, cache, scales in ((key, k_cache, k_scales), (value, v_cache, v_scales)):
+        if scales is None:
+            _write(rows, cache, slot_mapping)
+        else:
+            codes, row_scales = _quantise(rows, cache.dtype)
+            _write(codes, cache.view(torch.int8), slot_mapping)  # index_copy_ knows no float8
+            _write(row_scales, scales[..., None], slot_mapping)
+
+
+def _quantise(
+    rows: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # [num_tokens, num_kv_heads, head_size] int8, [num_tokens, num_kv_heads, 1]
+    """All rows at once; float8 codes as the bytes that they are."""
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=-1, keepdim=True)
+    scales = largest.div_(LARGEST_CODE[dtype]).clamp_(min=SMALLEST_SCALE).float()
+    codes = wide / scales  # [num_tokens, num_kv_heads, head_size]
+    if dtype == torch.int8:
+        codes.round_()
+    return codes.to(dtype).view(torch.int8), scales
 
 
 def _write(
