@@ -133,6 +133,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="auto: bfloat16 where the processor multiplies it, else float32")] = "auto",
 ) -> None:
     """Measure the engine and the server in turns, and print what HTTP adds."""
+    numbers = [int(word) for word in streams.split(",") if word.strip().isdecimal()]
+    if len(numbers) != len(streams.split(",")) or 0 in numbers:
+        raise typer.BadParameter(f"--streams must be numbers from 1 on, separated by commas, got {streams!r}")
     machine = describe()
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bf16(machine["flags"]) else "float32"
@@ -141,8 +144,8 @@ def main(
     console.print({**machine, "flags": len(machine["flags"])}, dtype)
     sides: list[Offline | Server] = [Offline(dtype), Server(dtype)]
     try:
-        for num_streams in map(int, streams.split(",")):
-            print_table(num_streams, sides, measure(num_streams, sides, rounds))
+        for number in numbers:
+            print_table(number, sides, measure(number, sides, rounds))
     finally:
         for side in sides:
             side.process.kill()

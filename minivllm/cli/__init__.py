@@ -84,7 +84,7 @@ def wait_awake_for_a_moment() -> None:
     """Say how long OpenMP's threads wait awake for the next operation; it is read when torch is imported.
 
     Their own 3 ms bridge every gap between two operations, but on a machine where others work too they hold the very
-    core that the thread they wait for needs, and a step takes seconds. 0.1 ms bridges the gaps as well.
+    core that the thread they wait for needs, and a step takes a second. 0.1 ms bridges the gaps as well.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

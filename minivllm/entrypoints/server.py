@@ -196,8 +196,8 @@ def _in_a_thread_that_ends(load: Callable[[], Engines]) -> Engines:
     """load().
 
     OpenMP keeps worker threads for every thread that ever computed, as long as it lives. As soon as there are more of
-    them than cores, all of them sleep between two operations instead of waiting awake, and a step takes a third longer.
-    So only the engine's own thread may have any.
+    them than cores, all of them sleep between two operations instead of waiting awake, and a step takes a quarter to a
+    third longer. So only the engine's own thread may have any.
     """
     done: Future[Engines] = Future()
 

@@ -390,7 +390,10 @@ def test_every_view_is_numbered_by_its_own_shape(data: st.DataObject):
 def test_addresses_beside_a_view_have_no_number():
     rows = torch.zeros(4, 6)
     view = rows[1:3, 2:4]
-    at = lambda row, column: np.array([rows.data_ptr() + (6 * row + column) * 4], dtype=np.uint64)  # noqa: E731
+
+    def at(row: int, column: int) -> np.ndarray:
+        return np.array([rows.data_ptr() + (6 * row + column) * 4], dtype=np.uint64)
+
     assert [numbers_at(view, at(*place)).tolist() for place in ((1, 2), (2, 3))] == [[0], [3]]
     for place in ((0, 2), (1, 1), (1, 4), (3, 2), (2, 4)):
         assert numbers_at(view, at(*place)) is None
