@@ -174,6 +174,15 @@ def test_reasoning_is_shown_apart_and_not_sent_back(minivllm: Run):
     assert contents(server)[1][1] == ("assistant", "yes")
 
 
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """A job in the background inherits that SIGINT is ignored, and would hand it on to the client."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 def test_ctrl_c_stops_the_answer_and_not_the_program():
     """The connection is closed, so that the server stops; the turn is forgotten; the next line is answered."""
     with scripted(content=events(chat_event(content="one ")).removesuffix("data: [DONE]\n\n")) as server:

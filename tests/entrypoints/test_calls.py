@@ -132,7 +132,7 @@ def test_a_client_that_leaves_in_the_middle_is_seen(web: Web, log: io.StringIO, 
     assert (one["status"], one["whole"]) == (200, False) and one["message"].endswith(", cut")
 
 
-SECRET, PROMPT = "sk-very-secret", "the vault opens with 4711"
+SECRET, PROMPT = "sk-very-secret", "the vault opens with mnemosyne"
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -151,7 +151,7 @@ def test_neither_keys_nor_prompts_are_logged(engine: AsyncEngine, form: str):
                 web.call("POST", COMPLETIONS, {"prompt": PROMPT, **body}, headers=headers)
     text = stream.getvalue()
     assert text.count("\n") >= 24 and "made_up" in text  # something was logged
-    assert SECRET not in text and "4711" not in text
+    assert SECRET not in text and "mnemosyne" not in text
 
 
 def test_bodies_are_logged_on_request(engine: AsyncEngine, log: io.StringIO):
