@@ -245,6 +245,7 @@ class Attention(nn.Module):
         self.config, self.options = config, options
         query_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         self.widths = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.num_heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]  # of query, key, value
         self.qkv_proj = Linear(config.hidden_size, self.widths, options, bias=config.qkv_bias)
         self.o_proj = Linear(query_size, config.hidden_size, options, bias=config.output_bias)
         self.q_norm, self.k_norm = q_norm, k_norm
@@ -254,8 +255,8 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """hidden_states: [num_tokens, hidden_size] -> [num_tokens, hidden_size]"""
         config, impl = self.config, self.options.impl
-        qkv = self.qkv_proj(hidden_states).split(list(self.widths.values()), dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, config.head_size)) for part in qkv)
+        heads = self.qkv_proj(hidden_states).view(len(hidden_states), -1, config.head_size)
+        query, key, value = heads.split(self.num_heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotary_embedding(query, key, *rope, impl=impl)

@@ -28,6 +28,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         **dict.fromkeys(("flask", "werkzeug", "waitress", "pydantic"), ("minivllm/entrypoints/*",)),
         "triton": ("kernels/ops/*/kernel.py", "kernels/ops/report.py", "kernels/ops/trace/interpreter.py"),
+        **dict.fromkeys(("numba", "llvmlite"), ("kernels/ops/jit.py",)),
         "llguidance": ("minivllm/structured_output/*",),
         "transformers": (
             "minivllm/models/loader.py",

@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 
 from minivllm.kernels.dispatch import choose
+from minivllm.kernels.jit import supports
 from minivllm.kernels.paged_attention import cpu, reference
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata, validate_metadata
 from minivllm.kernels.quantised_cache import check_scales, is_quantised
@@ -158,4 +159,4 @@ def _implementation(
         from minivllm.kernels.paged_attention import kernel  # only here: triton is not everywhere
 
         return kernel
-    return cpu if chosen == "cpu" else reference
+    return cpu if chosen == "cpu" and supports(query) else reference

@@ -1,32 +1,30 @@
-"""Attention over a paged KV cache with eager torch on a CPU; the plan (cpu_plan.py) says which operation runs when.
+"""Attention over a paged KV cache on a CPU; the plan (cpu_plan.py) says which request goes which way.
 
-One primitive does the work: torch's flash kernel reads strided keys in place, takes a group of query heads as its rows
-and returns the log-sum-exp by which partial results merge. Knows of requests only what the plan says. Called by the
-package; batch-invariant steps are handed to cpu_invariant.py. Twin in vLLM: v1/attention/backends/cpu_attn.py with
-csrc/cpu.
+Few rows go to the compiled loop of cpu_rows.py. Many rows go to torch's flash kernel, which reads strided keys in
+place and returns the log-sum-exp by which partial results merge. Knows of requests only what the plan says. Called by
+the package. Twin in vLLM: v1/attention/backends/cpu_attn.py with csrc/cpu.
 """
 
 import torch
 
-from minivllm.kernels.paged_attention.cpu_invariant import invariant_attention, plan_invariant
+from minivllm.kernels.jit import use_torch_threads
 from minivllm.kernels.paged_attention.cpu_plan import (
     Keys,
     LayerPlan,
     LayerShape,
     PrefillPart,
-    ShortPart,
     StepPlan,
     Tile,
     plan_layer,
 )
 from minivllm.kernels.paged_attention.cpu_primitives import (
     alibi_bias,
-    flash_attention,
     flash_heads,
     gather,
     merge,
     soft_cap_attention,
 )
+from minivllm.kernels.paged_attention.cpu_rows import attend_rows
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata
 
 
@@ -43,29 +41,21 @@ def paged_attention(
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """See the package's docstring. Fills metadata.plan on the first call of a step."""
     if metadata.plan is None:
+        use_torch_threads()
         metadata.plan = StepPlan(metadata)
     assert isinstance(metadata.plan, StepPlan), metadata.plan
-    num_tokens, num_heads, head_size = query.shape
-    num_kv_heads = k_cache.shape[0]
-    group = num_heads // num_kv_heads
-    q = query.view(num_tokens, num_kv_heads, group, head_size)
-    k, v = (cache.view(1, num_kv_heads, -1, head_size) for cache in (k_cache, v_cache))  # one slot per row
     all_tiles = soft_cap is not None or alibi_slopes is not None
-    if metadata.batch_invariant:
-        tiles = metadata.plan.derive(plan_invariant, query.dtype, sliding_window, all_tiles)
-        return invariant_attention(q, k, v, tiles, scale, soft_cap, alibi_slopes).flatten(1, 2)
-    shape = LayerShape(num_kv_heads, group, head_size, query.dtype, sliding_window, all_tiles)
-    plan = metadata.plan.derive(plan_layer, shape)
-    if plan.short_rows is None:
-        return _short_queries(q, k, v, plan, scale).view(num_tokens, num_heads, head_size)
-    out = query.new_empty(q.shape)
-    if plan.parts:
-        out.index_copy_(0, plan.short_rows, _short_queries(q.index_select(0, plan.short_rows), k, v, plan, scale))
-    for prefill in plan.prefills:
-        _prefill(q, k, v, out, prefill, scale)
-    for tile in plan.tiles:
-        _tile(q, k, v, out, tile, scale, soft_cap, alibi_slopes)
-    return out.view(num_tokens, num_heads, head_size)
+    num_kv_heads, head_size = k_cache.shape[0], k_cache.shape[3]
+    group = query.shape[1] // num_kv_heads
+    shape = LayerShape(num_kv_heads, group, head_size, query.dtype, sliding_window, all_tiles, metadata.batch_invariant)
+    plan = metadata.plan.derive(plan_layer, shape, metadata.block_table)
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    if plan.rows is not None:
+        attend_rows(query, k_cache, v_cache, out, plan.rows, scale, soft_cap, alibi_slopes)
+    if plan.prefills or plan.tiles:
+        _long_queries(query, k_cache, v_cache, out, plan, scale, soft_cap, alibi_slopes)
+    return out
 
 
 def encoder_attention(
@@ -95,58 +85,36 @@ def encoder_attention(
     return out.view(num_tokens, num_heads, head_size)
 
 
-def _short_queries(
-    q: torch.Tensor,  # [num_short_rows, num_kv_heads, group, head_size]
-    k: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
-    v: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
+def _long_queries(
+    query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    k_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    v_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    out: torch.Tensor,  # [num_tokens, num_heads, head_size], the parts' rows are written
     plan: LayerPlan,
     scale: float,
-) -> torch.Tensor:  # [num_short_rows, num_kv_heads, group, head_size]
-    num_runs = len(plan.runs)
-    rows = q.split(plan.part_rows)
-    parts = [_short_part(rows[i], k, v, part, scale) for i, part in enumerate(plan.parts)]
-    out = torch.cat([part_out for part_out, _ in parts])
-    if num_runs:
-        rows = q[:num_runs].split(1)
-        runs = [_short_part(rows[i], k, v, run, scale) for i, run in enumerate(plan.runs)]
-        run_out, run_lse = (torch.cat(pieces) for pieces in zip(*runs, strict=True))
-        lse = torch.cat([part_lse for _, part_lse in parts])  # [num_short_rows, num_kv_heads, group]
-        out[:num_runs] = merge(run_out, run_lse, out[:num_runs], lse[:num_runs])
-    return out
-
-
-def _short_part(
-    q: torch.Tensor,  # [num_reqs * num_rows, num_kv_heads, group, head_size]
-    k: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
-    v: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
-    part: ShortPart,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # as q, and its lse [num_reqs * num_rows, num_kv_heads, group]
-    num_kv_heads, group, head_size = q.shape[1:]
-    if part.keys.slots is None:
-        keys, values = _read(k, part.keys), _read(v, part.keys)
-    else:
-        keys, values = _gather_into_buffers(k, v, part)
-    if part.num_rows > 1:  # rows and heads side by side: [num_reqs, num_kv_heads, num_rows * group, head_size]
-        q = q.view(part.num_reqs, part.num_rows, num_kv_heads, group, head_size).transpose(1, 2).flatten(2, 3)
-    out, lse = flash_attention(q, keys, values, attn_mask=part.mask, scale=scale)
-    if part.num_rows > 1:
-        out = out.view(part.num_reqs, num_kv_heads, part.num_rows, group, head_size).transpose(1, 2).flatten(0, 1)
-        lse = lse.view(part.num_reqs, num_kv_heads, part.num_rows, group).transpose(1, 2).flatten(0, 1)
-    return out, lse
+    soft_cap: float | None,
+    alibi_slopes: torch.Tensor | None,  # [num_heads]
+) -> None:
+    num_kv_heads, head_size = k_cache.shape[0], k_cache.shape[3]
+    k, v = (cache.view(num_kv_heads, -1, head_size) for cache in (k_cache, v_cache))  # one slot per row
+    q, grouped = (x.view(len(x), num_kv_heads, -1, head_size) for x in (query, out))  # the heads of a group together
+    for prefill in plan.prefills:
+        _prefill(q, k, v, grouped, prefill, scale)
+    for tile in plan.tiles:
+        _tile(q, k, v, grouped, tile, scale, soft_cap, alibi_slopes)
 
 
 def _prefill(
     q: torch.Tensor,  # [num_tokens, num_kv_heads, group, head_size]
-    k: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
-    v: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
+    k: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
+    v: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
     out: torch.Tensor,  # [num_tokens, num_kv_heads, group, head_size], this request's rows are written
     part: PrefillPart,
     scale: float,
 ) -> None:
     """Causal attention over the rows' own keys, merged with the earlier context, which needs no mask."""
     rows = slice(part.first_row, part.first_row + part.num_rows)
-    keys, values = _read(k, part.keys)[0], _read(v, part.keys)[0]
+    keys, values = _read(k, part.keys), _read(v, part.keys)
     own = part.keys.num_keys - part.num_rows
     attended, lse = flash_heads(q[rows], keys[:, own:], values[:, own:], scale=scale, is_causal=True)
     if own:
@@ -157,8 +125,8 @@ def _prefill(
 
 def _tile(
     q: torch.Tensor,  # [num_tokens, num_kv_heads, group, head_size]
-    k: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
-    v: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
+    k: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
+    v: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
     out: torch.Tensor,  # [num_tokens, num_kv_heads, group, head_size], the tile's rows are written
     tile: Tile,
     scale: float,
@@ -166,7 +134,7 @@ def _tile(
     alibi_slopes: torch.Tensor | None,  # [num_heads]
 ) -> None:
     rows = slice(tile.first_row, tile.first_row + tile.num_rows)
-    keys, values = _read(k, tile.keys)[0], _read(v, tile.keys)[0]
+    keys, values = _read(k, tile.keys), _read(v, tile.keys)
     mask = tile.mask  # [num_rows, num_keys]
     if alibi_slopes is not None:
         mask = mask + alibi_bias(alibi_slopes.view(q.shape[1:3]), *mask.shape, tile.offset).to(q.dtype)
@@ -177,24 +145,7 @@ def _tile(
     out[rows] = attended.permute(2, 0, 1, 3)
 
 
-def _read(cache: torch.Tensor, keys: Keys) -> torch.Tensor:  # [1, num_kv_heads, num_slots or num_keys, head_size]
+def _read(cache: torch.Tensor, keys: Keys) -> torch.Tensor:  # [num_kv_heads, num_slots or num_keys, head_size]
     if keys.slots is None:
-        return cache.narrow(2, keys.start_slot, keys.num_keys)
+        return cache.narrow(1, keys.start_slot, keys.num_keys)
     return gather(cache, keys)
-
-
-def _gather_into_buffers(
-    k: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
-    v: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
-    part: ShortPart,
-) -> tuple[torch.Tensor, torch.Tensor]:  # two of [num_reqs, num_kv_heads, num_keys, head_size]
-    """Copies a batch's keys and values side by side, into memory that all layers of the step reuse."""
-    num_kv_heads, head_size = k.shape[1], k.shape[3]
-    if part.buffers is None:
-        shape = (num_kv_heads * part.keys.num_keys, head_size)
-        part.buffers = (k.new_empty(shape), v.new_empty(shape))
-    views = []
-    for cache, buffer in zip((k, v), part.buffers, strict=True):
-        torch.index_select(cache.view(-1, head_size), 0, part.keys.rows_of(cache), out=buffer)
-        views.append(buffer.view(num_kv_heads, part.num_reqs, -1, head_size).transpose(0, 1))
-    return views[0], views[1]

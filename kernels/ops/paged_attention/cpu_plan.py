@@ -1,17 +1,13 @@
 """What the CPU path derives from a step's metadata, once, for all layers.
 
-A plan sorts the requests of a step into few, wide tensor operations:
+A plan sorts the requests of a step:
 
-    prefill       many query rows: one request at a time
-    short query   one query row (decode) or a few (draft verification, the last tokens of a prompt)
-        slice     the keys lie in consecutive slots: the cache itself is the operand, nothing is copied
-        run       a long stretch of consecutive slots in a scattered context is sliced, the other keys are gathered,
-                  and the two results are merged by their log-sum-exp
-        gather    all others: batches of similar length, their keys copied side by side
-    tile          whatever needs a mask of its own: long prompts under a sliding window, soft caps, ALiBi
+    rows          one query row (decode) or a few (draft verification, the last tokens of a prompt): cpu_rows.py
+    prefill       many query rows: torch's flash kernel, one request at a time
+    tile          many query rows that need a mask of their own: long prompts under a sliding window, soft caps, ALiBi
 
-Knows the metadata and a layer's shapes, not the values in tensors. Called by cpu.py. Twin in vLLM: the metadata
-builder in v1/attention/backends/cpu_attn.py. The constants were measured.
+Batch-invariant steps are all rows. Knows the metadata and a layer's options, not the values in tensors. Called by
+cpu.py. Twin in vLLM: the metadata builder in v1/attention/backends/cpu_attn.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,17 +19,13 @@ import torch
 
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata
 
-# A request with earlier context and at most this many rows is a short query: rows and heads share one small matmul.
+# Up to so many rows the compiled loop wins: it reads a block of keys once for all of them. From here on flash
+# attention's matrix products do.
 SHORT_QUERY_TOKENS = 16
-# From this context on, a call for one request costs less than copying its keys into a batch; in bf16 the bytes are
-# half. Microseconds in place and copied, 8 requests, 3 heads of 64: fp32 256 keys 243 and 290, 512 keys 398 and 567;
-# bf16 256 keys 252 and 199, 512 keys 371 and 405.
-SLICE_TOKENS = {torch.float32: 256, torch.bfloat16: 512}
-# Keys and values of one gathered batch, in bytes: small enough to be still in the last cache when a matmul reads them.
-GATHER_BYTES = 1 << 22
-# Requests share a batch if this pads the shorter one by at most so many keys, or so large a share of the longer one.
-PADDING_TOKENS = 64
-PADDING_SHARE = 0.25
+# The compiled loop's items: at most so many rows, and so many keys.
+ROWS_PER_ITEM = 16
+KEYS_PER_ITEM = 256
+NO_WINDOW = 1 << 60
 # Query rows per masked tile: a window's mask then stays small, and little of it is computed in vain.
 TILE_TOKENS = 128
 
@@ -46,50 +38,24 @@ class LayerShape(NamedTuple):
     head_size: int
     dtype: torch.dtype
     sliding_window: int | None
-    all_tiles: bool  # soft cap or ALiBi: no request can take a faster way
-
-    @property
-    def slice_tokens(self) -> int:
-        """Shortest context worth a call of its own."""
-        return SLICE_TOKENS.get(self.dtype, SLICE_TOKENS[torch.float32])
-
-    @property
-    def gather_tokens(self) -> int:
-        """Keys that one gathered batch may hold."""
-        return GATHER_BYTES // (2 * self.num_kv_heads * self.head_size * self.dtype.itemsize)
+    all_tiles: bool  # soft cap or ALiBi: no long query can take a faster way
+    all_rows: bool  # batch-invariant
 
 
 @dataclass
 class Context:
     """One request of the step and where its blocks are."""
 
+    request: int  # its row in the block table
     first_row: int
     num_rows: int
     seq_len: int
     block_size: int
     block_ids: np.ndarray  # [blocks of this request] int64
 
-    @property
-    def is_short(self) -> bool:
-        """One row, or a few rows that follow earlier context."""
-        return self.num_rows == 1 or self.num_rows <= min(SHORT_QUERY_TOKENS, self.seq_len - 1)
-
-    def first_key(self, window: int | None) -> int:
-        """Position of the first key that any row of this step may see."""
-        return 0 if window is None else max(0, self.seq_len - self.num_rows + 1 - window)
-
     def slots(self, positions: np.ndarray) -> np.ndarray:
         """Cache slots of `positions` [num_keys]."""
         return self.block_ids[positions // self.block_size] * self.block_size + positions % self.block_size
-
-    def longest_run(self, first_key: int) -> tuple[int, int]:
-        """The longest stretch of positions [start, end) from first_key on whose slots are consecutive."""
-        first_block = first_key // self.block_size
-        breaks = np.flatnonzero(np.diff(self.block_ids[first_block:]) != 1) + 1 + first_block
-        edges = np.concatenate(([first_block], breaks, [len(self.block_ids)]))
-        longest = int(np.argmax(np.diff(edges)))
-        start, end = (int(edge) * self.block_size for edge in edges[longest : longest + 2])
-        return max(start, first_key), min(end, self.seq_len)
 
 
 @dataclass
@@ -102,29 +68,16 @@ class Keys:
     cache_rows: torch.Tensor | None = None  # [num_kv_heads * num_keys] int64, the slots of every head; shared by layers
 
     def rows_of(self, cache: torch.Tensor) -> torch.Tensor:
-        """The slots as rows of `cache` [1, num_kv_heads, num_slots, head_size] seen as one flat table.
+        """The slots as rows of `cache` [num_kv_heads, num_slots, head_size] seen as one flat table.
 
-        Whole rows of a flat table are copied five times as fast as an index along the middle of four dimensions
-        (32 requests x 176 keys x 3 heads in bf16: 83 against 441 microseconds).
+        Whole rows of a flat table are copied five times as fast as an index along a middle dimension.
         """
         if self.cache_rows is None:
             assert self.slots is not None
-            _, num_kv_heads, num_slots, _ = cache.shape
+            num_kv_heads, num_slots, _ = cache.shape
             first_rows = torch.arange(0, num_kv_heads * num_slots, num_slots)  # [num_kv_heads]
             self.cache_rows = (first_rows.unsqueeze(1) + self.slots).flatten()
         return self.cache_rows
-
-
-@dataclass
-class ShortPart:
-    """Requests with equally many rows against equally many keys; the shorter contexts are padded and masked."""
-
-    num_reqs: int
-    num_rows: int  # per request
-    keys: Keys  # [num_reqs * num_keys] of them; padding repeats a request's first key, so no unused slot is read
-    mask: torch.Tensor | None  # [num_reqs, 1, 1 or num_rows * group, num_keys] 0 or -inf
-    # gathered key and value, shared by layers
-    buffers: tuple[torch.Tensor, torch.Tensor] | None = None  # two of [num_kv_heads * num_keys, head_size]
 
 
 @dataclass
@@ -148,13 +101,27 @@ class Tile:
 
 
 @dataclass
+class RowPlan:
+    """The items of cpu_rows.py."""
+
+    block_table: np.ndarray  # [num_reqs, max_blocks_per_req] int32
+    # of each item: its request, first row of the query, rows, position of its first row, first key, end of its keys, and
+    # whether no other item is about these rows
+    items: np.ndarray  # [num_items, 7] int64
+    chunks: np.ndarray  # [num_chunks + 1] int64: items chunks[c] .. chunks[c + 1] are about the same rows
+    window: int
+    has_shared_rows: bool  # whether any rows are the work of several items
+    # what the items leave behind, overwritten by every layer
+    attended: np.ndarray  # [num_items, num_kv_heads, rows * group, head_size] float32
+    totals: np.ndarray  # [num_items, num_kv_heads, rows * group, 2] float32
+    no_slopes: np.ndarray  # [num_heads] float32 zeros
+
+
+@dataclass
 class LayerPlan:
     """The parts of a step for all layers of one shape."""
 
-    short_rows: torch.Tensor | None = None  # [num_short_rows] int64; None = every row of the query, in order
-    part_rows: list[int] = field(default_factory=list)  # rows of each part
-    parts: list[ShortPart] = field(default_factory=list)
-    runs: list[ShortPart] = field(default_factory=list)  # one per row: more keys of the first len(runs) short rows
+    rows: RowPlan | None = None
     prefills: list[PrefillPart] = field(default_factory=list)
     tiles: list[Tile] = field(default_factory=list)
 
@@ -182,7 +149,7 @@ def contexts_of(metadata: AttentionMetadata) -> list[Context]:
     table = metadata.block_table.numpy().astype(np.int64)
     starts, size = metadata.query_start_loc, metadata.block_size
     return [
-        Context(starts[r], starts[r + 1] - starts[r], seq_len, size, table[r, : -(-seq_len // size)])
+        Context(r, starts[r], starts[r + 1] - starts[r], seq_len, size, table[r, : -(-seq_len // size)])
         for r, seq_len in enumerate(metadata.seq_lens)
     ]
 
@@ -197,102 +164,58 @@ def causal_mask(num_rows: int, num_keys: int, offset: int, window: int | None) -
     return np.where(visible, np.float32(0), np.float32(-np.inf))
 
 
-# One request and the positions [num_keys] of some of its keys.
-Stretch = tuple[Context, np.ndarray]
-
-
-def plan_layer(contexts: list[Context], shape: LayerShape) -> LayerPlan:
+def plan_layer(
+    contexts: list[Context],
+    shape: LayerShape,
+    block_table: torch.Tensor,  # [num_reqs, max_blocks_per_req] int32
+) -> LayerPlan:
     """Sorts the requests of a step into parts; see the module's docstring."""
     plan = LayerPlan()
-    split: list[tuple[Stretch, Stretch]] = []  # the keys to gather, and a run worth a call
-    sliced: list[Stretch] = []
-    gathered: list[Stretch] = []
+    short: list[Context] = []
     for context in contexts:
         window = shape.sliding_window
-        first_key = context.first_key(window)
-        everything = (context, np.arange(first_key, context.seq_len))
-        start, end = context.longest_run(first_key)
-        whole = end - start == context.seq_len - first_key
-        if shape.all_tiles or (not context.is_short and window is not None and context.seq_len > window):
+        if shape.all_rows or context.num_rows <= SHORT_QUERY_TOKENS:
+            short.append(context)
+        elif shape.all_tiles or (window is not None and context.seq_len > window):
             plan.tiles.extend(_tiles(context, shape))
-        elif not context.is_short:
-            plan.prefills.append(PrefillPart(context.first_row, context.num_rows, _keys(everything)))
-        elif whole and (len(contexts) == 1 or end - start >= shape.slice_tokens):
-            sliced.append(everything)
-        elif context.num_rows == 1 and not whole and end - start >= shape.slice_tokens:
-            rest = np.r_[first_key:start, end : context.seq_len]
-            split.append(((context, rest), (context, np.arange(start, end))))
         else:
-            gathered.append(everything)
-    _add_short_parts(plan, split, sliced, gathered, shape)
+            keys = _keys(context, np.arange(context.seq_len))
+            plan.prefills.append(PrefillPart(context.first_row, context.num_rows, keys))
+    if short:
+        plan.rows = _plan_rows(short, block_table.numpy(), shape)
     return plan
 
 
-def _add_short_parts(
-    plan: LayerPlan,
-    split: list[tuple[Stretch, Stretch]],
-    sliced: list[Stretch],
-    gathered: list[Stretch],
+def _plan_rows(
+    contexts: list[Context],
+    block_table: np.ndarray,  # [num_reqs, max_blocks_per_req] int32
     shape: LayerShape,
-) -> None:
-    """Fills the short-query fields. Split requests come first, so that their runs belong to the first rows."""
-    runs = {context.first_row: run for (context, _), run in split}
-    batches = _batches([rest for rest, _ in split], shape)
-    plan.runs = [_short_part([runs[context.first_row]], shape) for batch in batches for context, _ in batch]
-    batches += [[stretch] for stretch in sliced]
-    batches += _batches(gathered, shape)
-    plan.parts = [_short_part(batch, shape) for batch in batches]
-    plan.part_rows = [part.num_reqs * part.num_rows for part in plan.parts]
-    rows = [c.first_row + i for batch in batches for c, _ in batch for i in range(c.num_rows)]
-    in_order = rows == list(range(len(rows))) and not plan.prefills and not plan.tiles
-    plan.short_rows = None if in_order else torch.tensor(rows)
-
-
-def _batches(stretches: list[Stretch], shape: LayerShape) -> list[list[Stretch]]:
-    """Groups stretches of similar length, each group's copy within GATHER_BYTES, in row order inside a group."""
-    batches: list[list[Stretch]] = []
-    num_rows = num_keys = 0  # of the open batch
-    for stretch in sorted(stretches, key=lambda s: (s[0].num_rows, len(s[1])), reverse=True):
-        context, positions = stretch
-        padding = num_keys - len(positions)
-        fits = batches and (len(batches[-1]) + 1) * num_keys <= shape.gather_tokens
-        similar = context.num_rows == num_rows and padding <= max(PADDING_TOKENS, PADDING_SHARE * num_keys)
-        if not (fits and similar):
-            batches.append([])
-            num_rows, num_keys = context.num_rows, len(positions)
-        batches[-1].append(stretch)
-    for batch in batches:
-        batch.sort(key=lambda s: s[0].first_row)
-    return batches
-
-
-def _short_part(batch: list[Stretch], shape: LayerShape) -> ShortPart:
-    """Operands of requests with equally many rows. Only a single request can be a slice."""
-    num_reqs, num_rows = len(batch), batch[0][0].num_rows
-    num_keys = max(len(positions) for _, positions in batch)
-    if num_reqs == 1:
-        keys = _keys(batch[0])
-    else:
-        slots = np.empty((num_reqs, num_keys), np.int64)
-        for i, (context, positions) in enumerate(batch):
-            slots[i, : len(positions)] = context.slots(positions)
-            slots[i, len(positions) :] = slots[i, 0]
-        keys = Keys(num_reqs * num_keys, slots=torch.from_numpy(slots.reshape(-1)))
-    return ShortPart(num_reqs, num_rows, keys, _short_mask(batch, num_keys, shape))
-
-
-def _short_mask(batch: list[Stretch], num_keys: int, shape: LayerShape) -> torch.Tensor | None:
-    """Mask [num_reqs, 1, 1 or num_rows * group, num_keys], or None where every row sees every key."""
-    num_rows = batch[0][0].num_rows
-    if num_rows == 1 and all(len(positions) == num_keys for _, positions in batch):
-        return None
-    # A single row sees all of its keys, wherever they lie, but no padding; several rows also hide later keys, and
-    # their keys are one unbroken stretch that ends with the last row's own.
-    window = shape.sliding_window if num_rows > 1 else None
-    mask = np.stack([causal_mask(num_rows, num_keys, len(keys) - num_rows, window) for _, keys in batch])
-    if num_rows > 1:
-        mask = mask.repeat(shape.group, axis=1)
-    return torch.from_numpy(mask).to(shape.dtype).unsqueeze(1)
+) -> RowPlan:
+    """Cuts the requests' rows and keys into items. Where an item begins depends on its own request alone."""
+    window = shape.sliding_window
+    items, chunks = [], [0]
+    for context in contexts:
+        start = context.seq_len - context.num_rows  # position of the request's first row in this step
+        for row in range(0, context.num_rows, ROWS_PER_ITEM):
+            num_rows = min(ROWS_PER_ITEM, context.num_rows - row)
+            first, end = start + row, start + row + num_rows
+            first_key = 0 if window is None else max(0, first + 1 - window)
+            keys = range(first_key - first_key % KEYS_PER_ITEM, end, KEYS_PER_ITEM)
+            about = (context.request, context.first_row + row, num_rows, first)
+            items += [(*about, key, min(end, key + KEYS_PER_ITEM), len(keys) == 1) for key in keys]
+            chunks.append(len(items))
+    most_rows = max(num_rows for _, _, num_rows, *_ in items)
+    outputs = (len(items), shape.num_kv_heads, most_rows * shape.group)
+    return RowPlan(
+        block_table,
+        np.asarray(items),
+        np.asarray(chunks),
+        NO_WINDOW if window is None else window,
+        has_shared_rows=len(items) >= len(chunks),
+        attended=np.empty((*outputs, shape.head_size), np.float32),
+        totals=np.empty((*outputs, 2), np.float32),
+        no_slopes=np.zeros(shape.num_kv_heads * shape.group, np.float32),
+    )
 
 
 def _tiles(context: Context, shape: LayerShape) -> Iterator[Tile]:
@@ -307,13 +230,12 @@ def _tiles(context: Context, shape: LayerShape) -> Iterator[Tile]:
         key = (num_rows, num_keys, position - first_key)
         if key not in masks:
             masks[key] = torch.from_numpy(causal_mask(*key, window)).to(shape.dtype)
-        keys = _keys((context, np.arange(first_key, first_key + num_keys)))
+        keys = _keys(context, np.arange(first_key, first_key + num_keys))
         yield Tile(context.first_row + start, num_rows, position - first_key, keys, masks[key])
 
 
-def _keys(stretch: Stretch) -> Keys:
+def _keys(context: Context, positions: np.ndarray) -> Keys:  # [num_keys]
     """A slice of the cache where the slots are consecutive, else the slots themselves."""
-    context, positions = stretch
     slots = context.slots(positions)
     if slots[-1] - slots[0] == len(slots) - 1 and (np.diff(slots) == 1).all():
         return Keys(len(slots), start_slot=int(slots[0]))

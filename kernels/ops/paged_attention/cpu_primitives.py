@@ -1,6 +1,6 @@
-"""The tensor operations that both CPU paths are made of.
+"""The tensor operations of long queries.
 
-Knows neither requests nor caches. Called by cpu.py and cpu_invariant.py. Twin in vLLM: csrc/cpu/cpu_attn_impl.hpp and
+Knows neither requests nor caches. Called by cpu.py. Twin in vLLM: csrc/cpu/cpu_attn_impl.hpp and
 merge_attn_states.
 """
 
@@ -16,12 +16,12 @@ flash_attention = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 def gather(
-    cache: torch.Tensor,  # [1, num_kv_heads, num_slots, head_size]
+    cache: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
     keys: Keys,  # with slots
-) -> torch.Tensor:  # [1, num_kv_heads, num_keys, head_size]
+) -> torch.Tensor:  # [num_kv_heads, num_keys, head_size]
     """The keys' rows of every head, copied side by side."""
-    rows = cache.view(-1, cache.shape[3]).index_select(0, keys.rows_of(cache))
-    return rows.view(1, cache.shape[1], keys.num_keys, cache.shape[3])
+    rows = cache.view(-1, cache.shape[2]).index_select(0, keys.rows_of(cache))
+    return rows.view(cache.shape[0], keys.num_keys, cache.shape[2])
 
 
 def flash_heads(

@@ -1,11 +1,18 @@
-"""reshape_and_cache as one indexed copy for the keys and one for the values. Called by the package on CPU tensors.
+"""reshape_and_cache: one compiled loop over keys and values, or indexed copies for caches of codes. Called by the
+package on CPU tensors.
 
 Twin in vLLM: csrc/cpu/cache.cpp.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 
+from minivllm.kernels.jit import array_at, jit, like, supports
 from minivllm.kernels.quantised_cache import LARGEST_CODE, SMALLEST_SCALE
+
+SLOTS = np.empty(0, np.int64)
 
 
 def write(
@@ -18,6 +25,9 @@ def write(
     v_scales: torch.Tensor | None,  # [num_kv_heads, num_blocks, block_size] fp32
 ) -> None:
     """See the package's docstring."""
+    if k_scales is None and supports(k_cache):
+        _write_both(key, value, k_cache, v_cache, slot_mapping)
+        return
     for rows, cache, scales in ((key, k_cache, k_scales), (value, v_cache, v_scales)):
         if scales is None:
             _write(rows, cache, slot_mapping)
@@ -25,6 +35,60 @@ def write(
             codes, row_scales = _quantise(rows, cache.dtype)
             _write(codes, cache.view(torch.int8), slot_mapping)  # index_copy_ knows no float8
             _write(row_scales, scales[..., None], slot_mapping)
+
+
+def _write_both(
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    k_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    v_cache: torch.Tensor,  # [num_kv_heads, num_blocks, block_size, head_size]
+    slot_mapping: torch.Tensor,  # [num_tokens] int64
+) -> None:
+    num_kv_heads, num_blocks, block_size, head_size = k_cache.shape
+    num_slots = num_blocks * block_size
+    if key.stride()[1:] != (head_size, 1):
+        key = key.contiguous()
+    if value.stride()[1:] != (head_size, 1):
+        value = value.contiguous()
+    addresses = (key.data_ptr(), value.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping.data_ptr())
+    strides = (key.stride(0), value.stride(0))
+    wrong = _copy_rows(*addresses, *strides, key.shape[0], num_kv_heads, num_slots, head_size, like(key), SLOTS)
+    if wrong != -1:
+        raise ValueError(f"slot_mapping: expected slots in [-1, {num_slots}), got {wrong}")
+
+
+@jit
+def _copy_rows(
+    key: int,
+    value: int,
+    k_cache: int,  # written
+    v_cache: int,  # written
+    slot_mapping: int,
+    key_stride: int,  # values from one token's keys to the next token's
+    value_stride: int,
+    num_tokens: int,
+    num_kv_heads: int,
+    num_slots: int,
+    head_size: int,
+    like: Any,
+    like_slots: Any,
+) -> int:
+    """-1, or a slot outside the cache; then nothing was written."""
+    slots = array_at(slot_mapping, (num_tokens,), like_slots)
+    keys, values = array_at(key, (num_tokens * key_stride,), like), array_at(value, (num_tokens * value_stride,), like)
+    k_slots = array_at(k_cache, (num_kv_heads, num_slots, head_size), like)
+    v_slots = array_at(v_cache, (num_kv_heads, num_slots, head_size), like)
+    for slot in slots:
+        if slot < -1 or slot >= num_slots:
+            return slot
+    for token in range(num_tokens):
+        slot = slots[token]
+        if slot >= 0:
+            for head in range(num_kv_heads):
+                for i in range(head_size):
+                    k_slots[head, slot, i] = keys[token * key_stride + head * head_size + i]
+                    v_slots[head, slot, i] = values[token * value_stride + head * head_size + i]
+    return -1
 
 
 def _quantise(

@@ -13,6 +13,7 @@ from typing import overload
 import torch
 
 from minivllm.kernels.dispatch import choose
+from minivllm.kernels.jit import supports
 from minivllm.kernels.rms_norm import cpu, reference
 
 __all__ = ["rms_norm"]
@@ -67,4 +68,4 @@ def _implementation(impl: str, x: torch.Tensor) -> ModuleType:  # [...]
         from minivllm.kernels.rms_norm import kernel  # only here: triton is not everywhere
 
         return kernel
-    return cpu if chosen == "cpu" else reference
+    return cpu if chosen == "cpu" and supports(x) else reference

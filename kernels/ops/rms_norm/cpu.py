@@ -1,7 +1,11 @@
-"""rms_norm through torch's fused norm. Called by the package on CPU tensors."""
+"""rms_norm in one pass over each row. Called by the package on CPU tensors."""
 
+from typing import Any
+
+import numpy as np
 import torch
-from torch.nn import functional as F
+
+from minivllm.kernels.jit import array_at, jit, like, narrow, prange, widen
 
 
 def rms_norm(
@@ -11,9 +15,42 @@ def rms_norm(
     residual: torch.Tensor | None,  # [..., size]
     add_one: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # out and s, both [..., size]
-    """One call that widens, sums and scales; Gemma's 1 + weight needs fp32 of its own, because bf16 would lose w."""
-    total = x if residual is None else x + residual
-    if not add_one:
-        return F.rms_norm(total, weight.shape, weight, eps), total
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(total.to(wide), weight.shape, weight.to(wide) + 1, eps).to(x.dtype), total
+    """See the package's docstring."""
+    x = x.contiguous()
+    addend = x if residual is None else residual.contiguous()
+    total = x if residual is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    addresses = (x.data_ptr(), addend.data_ptr(), total.data_ptr(), out.data_ptr(), weight.data_ptr())
+    size = x.shape[-1]
+    _norm(*addresses, x.numel() // size, size, residual is not None, eps, float(add_one), like(x))
+    return out, total
+
+
+@jit(parallel=True)
+def _norm(
+    x: int,
+    residual: int,
+    total: int,  # written where there is a residual, else it is x
+    out: int,  # written
+    weight: int,
+    num_rows: int,
+    size: int,
+    has_residual: bool,
+    eps: float,
+    plus: float,  # 1 for Gemma's 1 + weight
+    like: Any,
+) -> None:
+    rows, residuals = array_at(x, (num_rows, size), like), array_at(residual, (num_rows, size), like)
+    totals, outs = array_at(total, (num_rows, size), like), array_at(out, (num_rows, size), like)
+    weights = array_at(weight, (size,), like)
+    for row in prange(num_rows):
+        if has_residual:
+            for i in range(size):
+                totals[row, i] = narrow(widen(rows[row, i]) + widen(residuals[row, i]), like)
+        squares = np.float32(0)
+        for i in range(size):
+            squares += widen(totals[row, i]) * widen(totals[row, i])
+        scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
+        for i in range(size):
+            scaled = widen(totals[row, i]) * scale * (widen(weights[i]) + np.float32(plus))
+            outs[row, i] = narrow(scaled, like)

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from minivllm.kernels.dispatch import choose
+from minivllm.kernels.jit import supports
 from minivllm.kernels.rotary_embedding import cpu, reference
 
 __all__ = ["rotary_embedding"]
@@ -48,4 +49,4 @@ def _implementation(impl: str, x: torch.Tensor) -> ModuleType:  # [...]
         from minivllm.kernels.rotary_embedding import kernel  # only here: triton is not everywhere
 
         return kernel
-    return cpu if chosen == "cpu" else reference
+    return cpu if chosen == "cpu" and supports(x) else reference

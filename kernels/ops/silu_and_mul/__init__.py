@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from minivllm.kernels.dispatch import choose
+from minivllm.kernels.jit import supports
 from minivllm.kernels.silu_and_mul import cpu, reference
 
 __all__ = ["ACTIVATIONS", "silu_and_mul"]
@@ -38,4 +39,4 @@ def _implementation(impl: str, x: torch.Tensor) -> ModuleType:  # [...]
         from minivllm.kernels.silu_and_mul import kernel  # only here: triton is not everywhere
 
         return kernel
-    return cpu if chosen == "cpu" else reference
+    return cpu if chosen == "cpu" and supports(x) else reference

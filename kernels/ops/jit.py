@@ -1,0 +1,168 @@
+"""What the CPU kernels are compiled with: numba, and the few things that it lacks.
+
+Numpy has no bfloat16, so kernels see it as uint16. Kernels load with `widen`, compute in
+float32 and store with `narrow`; for float32 both do nothing. Compiled code is kept on disk, beside the source file or in
+the user's cache folder: a kernel takes a second the first time and milliseconds from then on. Numba looks at the date of
+the kernel's own file only: after a change here, delete the `__pycache__` folders.
+
+Sums may be reordered (a vector unit adds eight at a time), but NaN and infinity keep their meaning: a request whose
+numbers have gone bad must show it.
+
+Knows no operation. Called by the `cpu` files of the operations. Twin in vLLM: csrc/cpu/cpu_types_x86.hpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic, overload
+
+__all__ = [
+    "PerShape",
+    "array_at",
+    "exp",
+    "jit",
+    "like",
+    "narrow",
+    "prange",
+    "supports",
+    "tanh",
+    "use_torch_threads",
+    "widen",
+]
+
+ROUNDING = frozenset({"reassoc", "contract", "arcp", "nsz"})  # of LLVM's fast-math flags, those that spare NaN
+WORD, FLOAT = ir.IntType(32), ir.FloatType()
+
+
+# ------------------------------------------------------------------ tensors in
+BFLOAT16, FLOAT32 = np.empty(0, np.uint16), np.empty(0, np.float32)  # tell a kernel what its addresses point to
+
+
+def supports(tensor: torch.Tensor) -> bool:  # [...]
+    """Whether the compiled kernels know its dtype; the reference takes the others."""
+    return tensor.dtype in (torch.bfloat16, torch.float32)
+
+
+def like(tensor: torch.Tensor) -> np.ndarray:  # [...] -> [0]
+    """An empty array of the type as which kernels see the tensor's values."""
+    return BFLOAT16 if tensor.dtype == torch.bfloat16 else FLOAT32
+
+
+@intrinsic
+def _pointer(context: Any, address: Any, like: Any) -> Any:
+    result = types.CPointer(like.dtype)
+    return result(types.intp, like), lambda ctx, builder, sig, args: builder.inttoptr(
+        args[0], ctx.get_value_type(result)
+    )
+
+
+@numba.njit(inline="always")
+def array_at(address: int, shape: Any, like: Any) -> Any:
+    """Inside a kernel: the dense array of `shape` that starts at `address`, of the values of `like`.
+
+    Kernels take addresses because eight views of tensors as arrays cost more than the loop over one row.
+    """
+    return numba.carray(_pointer(address, like), shape)
+
+
+# ------------------------------------------------------------------ compiling
+def jit(function: Callable[..., Any] | None = None, *, parallel: bool = False, inline: str = "never") -> Any:
+    """Decorator: compile on the first call, keep on disk. parallel: the iterations of `prange` are shared by threads.
+    inline: "always" for what kernels call."""
+    options = {"fastmath": set(ROUNDING), "error_model": "numpy", "inline": inline}
+    compiler = numba.njit(cache=inline == "never", parallel=parallel, **options)
+    return compiler if function is None else compiler(function)
+
+
+class PerShape:
+    """Decorator of a function that takes integers and returns a kernel with these compiled into it, as Triton's
+    constexpr: a loop of known length needs no code for its end. Made on first use and kept, like any compiled code.
+    """
+
+    def __init__(self, make: Callable[..., Any]):
+        self._make = make
+        self._kernels: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, *constants: int) -> Any:
+        if constants not in self._kernels:
+            self._kernels[constants] = self._make(*constants)
+        return self._kernels[constants]
+
+
+def use_torch_threads() -> None:
+    """As many threads as torch has, for the kernels that this thread calls."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+# ------------------------------------------------------------------ values
+@intrinsic
+def _bits_to_float(context: Any, bits: Any) -> Any:
+    return types.float32(types.uint32), lambda ctx, builder, sig, args: builder.bitcast(args[0], FLOAT)
+
+
+@intrinsic
+def _float_to_bits(context: Any, value: Any) -> Any:
+    return types.uint32(types.float32), lambda ctx, builder, sig, args: builder.bitcast(args[0], WORD)
+
+
+@intrinsic
+def widen(context: Any, value: Any) -> Any:
+    """A loaded value as float32. A bfloat16 is the upper half of one."""
+    if isinstance(value, types.Float):
+        return value(value), lambda ctx, builder, sig, args: args[0]
+
+    def shift(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(args[0], WORD), WORD(16)), FLOAT)
+
+    return types.float32(types.uint16), shift
+
+
+def narrow(value: Any, array: Any) -> Any:
+    """A float32 as `array` stores it, rounded to the nearest, ties to even; NaN stays NaN."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+@overload(narrow, inline="always")
+def _narrow(value, array):  # type: ignore[no-untyped-def]
+    if isinstance(array.dtype, types.Float):
+        return lambda value, array: value
+
+    def to_bfloat16(value, array):  # type: ignore[no-untyped-def]
+        bits = _float_to_bits(value)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.uint16(rounded if value == value else np.uint32(0x7FC0))
+
+    return to_bfloat16
+
+
+@jit(inline="always")
+def exp(x: Any) -> Any:
+    """e^x in float32, within 2 units in the last place; a polynomial, so that loops over it become vectors.
+
+    x = n log 2 + f: 2^n goes into the exponent's bits, e^f is Cephes' polynomial (expf.c). Below -87 it gives e^-87.
+    """
+    x = np.float32(-87.0) if x < np.float32(-87.0) else x
+    x = np.float32(89.0) if x > np.float32(89.0) else x  # infinity, by the exponent's bits
+    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+    f = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * f + np.float32(1.3981999507e-3)
+    p = p * f + np.float32(8.3334519073e-3)
+    p = p * f + np.float32(4.1665795894e-2)
+    p = p * f + np.float32(1.6666665459e-1)
+    p = p * f + np.float32(5.0000001201e-1)
+    p = p * f * f + f + np.float32(1.0)
+    return p * _bits_to_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+@jit(inline="always")
+def tanh(x: Any) -> Any:
+    """In float32, from exp."""
+    return np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * x) + np.float32(1.0))
