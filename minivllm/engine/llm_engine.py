@@ -4,6 +4,7 @@
     step        ──▶ scheduler.schedule ──▶ executor.execute_model ──▶ scheduler.update_from_output
                                                         │         └──▶ output_processor ──▶ [RequestOutput]
     grammar_steps ─ bitmask rows ────────────────────────┘  and the drawn tokens back to them
+    drafting ────── guesses for the next step, where speculative decoding is on
 
 Single-threaded: async_engine.py gives it a thread, llm.py a loop. Knows no HTTP.
 Twin in vLLM: vllm/v1/engine/llm_engine.py and core.py.
@@ -26,16 +27,18 @@ from minivllm.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     check_generation_config,
     check_quantization,
     choose_max_model_len,
 )
 from minivllm.core.request import FinishReason, Request
 from minivllm.core.scheduler import Scheduler
+from minivllm.engine.drafting import Drafting
 from minivllm.engine.grammar_steps import GrammarSteps
 from minivllm.engine.input_processor import EngineCoreRequest, InputProcessor, PromptType, check_request_id
 from minivllm.engine.output_processor import OutputProcessor
-from minivllm.engine.stats import EngineStats
+from minivllm.engine.stats import EngineStats, SpecDecodeStats
 from minivllm.engine.throughput import Throughput
 from minivllm.engine.tokenizer import Tokenizer, load_tokenizer, read_chat_template
 from minivllm.errors import ConfigError, InvalidRequestError
@@ -91,12 +94,19 @@ class LLMEngine:
             block_size=plan.block_size,
             seed=config.seed,
         )
-        self.stats = EngineStats(config.model.max_model_len)
+        speculative = config.speculative
+        spec_decode = None if speculative is None else SpecDecodeStats(speculative.num_speculative_tokens)
+        self.stats = EngineStats(config.model.max_model_len, spec_decode)
         self.output_processor = OutputProcessor(tokenizer, stats=self.stats)
         self.structured_output = StructuredOutputManager(
             tokenizer.backend if tokenizer is not None else None, config.model.vocab_size, self.eos_token_ids
         )
         self._grammar_steps = GrammarSteps(self.scheduler, self.structured_output, self.eos_token_ids)
+        self._drafting: Drafting | None = None
+        if speculative is not None and spec_decode is not None:
+            self._drafting = Drafting(
+                speculative, self.scheduler, self.structured_output, self.eos_token_ids, spec_decode
+            )
         self.last_step: SchedulerOutput | None = None  # for the trace and the state endpoint
         self.throughput = Throughput()
         self._executor = executor
@@ -189,6 +199,8 @@ class LLMEngine:
         else:
             outputs = self._grammar_steps.follow(self.scheduler.update_from_output(step, result))
             self.throughput.add(step.total_num_scheduled_tokens, sum(len(output.new_token_ids) for output in outputs))
+            if self._drafting is not None:
+                self._drafting.follow(step, result)
         return self._process_outputs(outputs)
 
     def _process_outputs(self, outputs: list[EngineCoreOutput]) -> list[AnyOutput]:
@@ -268,11 +280,7 @@ class LLMEngine:
         Everything that can be checked without the weights is checked before they are read.
         Raises ModelNotFoundError, ConfigError.
         """
-        if speculative_config is not None:
-            raise ConfigError(
-                "speculative_config must be left out: speculative decoding is not built yet.",
-                parameter="speculative_config",
-            )
+        speculative = SpeculativeConfig.from_dict(speculative_config)
         ParallelConfig(tensor_parallel_size)
         if impl not in IMPLS:
             raise ConfigError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.", parameter="impl")
@@ -302,26 +310,29 @@ class LLMEngine:
             long_prefill_token_threshold=long_prefill_token_threshold,
             policy=scheduling_policy,
         )
-        config = EngineConfig(model_config, cache_config, scheduler_config, batch_invariant, seed)
+        config = EngineConfig(model_config, cache_config, scheduler_config, batch_invariant, seed, speculative)
+        draft_facts = read_draft_facts(speculative, model_config, show_progress=show_progress)
         text_source = facts.source if tokenizer is None else resolve_model(tokenizer, show_progress=show_progress)
         loaded_tokenizer = load_tokenizer(text_source, chat_template=template)
         check_letters(loaded_tokenizer, facts.sentence_config)
         generation = loader.load_generation_config(facts.source)
         if generation_config == "vllm":  # what ends an answer is no default
             generation = {name: value for name, value in generation.items() if name == "eos_token_id"}
+        model_options = ModelOptions(facts.dtype, batch_invariant, impl)
+        draft_model = None
+        if draft_facts is not None:  # in the target's dtype: one arithmetic for both caches
+            draft_model = loader.load_model(
+                draft_facts.source, draft_facts.hf_config, model_options, show_progress=show_progress
+            )
         executor = Executor(
-            loader.load_model(
-                facts.source,
-                facts.hf_config,
-                ModelOptions(facts.dtype, batch_invariant, impl),
-                show_progress=show_progress,
-            ),
+            loader.load_model(facts.source, facts.hf_config, model_options, show_progress=show_progress),
             facts.dtype,
             model_config.max_model_len,
             pooling_type=facts.sentence_config.pooling_type,
             causal=not is_encoder,
             batch_invariant=batch_invariant,
             poison=poison,
+            draft_model=draft_model,
         )
         plan = plan_kv_cache(
             cache_config,
@@ -367,6 +378,34 @@ def read_model_facts(
         matryoshka_dimensions=_matryoshka_dimensions(hf_config),
     )
     return ModelFacts(source, hf_config, torch_dtype, model_config, sentence_config)
+
+
+def read_draft_facts(
+    config: SpeculativeConfig | None, target: ModelConfig, *, show_progress: bool = False
+) -> ModelFacts | None:
+    """Find the draft model, if there is to be one. Raises ModelNotFoundError, ConfigError: the two do not go together."""
+    problem = None
+    if config is not None and target.is_pooling:
+        problem = f"speculative_config must be left out: {target.name} is an embedding model and generates no text."
+    facts = None
+    if problem is None and config is not None and config.model is not None:
+        facts = read_model_facts(config.model, show_progress=show_progress)
+        draft, limit = facts.model_config, facts.hf_config.get_text_config().max_position_embeddings
+        if draft.is_pooling:
+            problem = f"speculative_config.model must generate text: {draft.name} is an embedding model."
+        elif draft.vocab_size != target.vocab_size:
+            problem = (
+                f"speculative_config.model must have the vocabulary of {target.name}, {target.vocab_size} tokens; "
+                f"{draft.name} has {draft.vocab_size}."
+            )
+        elif limit < target.max_model_len:
+            problem = (
+                f"speculative_config.model must be made for {target.max_model_len} tokens as {target.name} is used; "
+                f"{draft.name} is for {limit}. Set max_model_len to {limit} or less."
+            )
+    if problem is not None:
+        raise ConfigError(problem, parameter="speculative_config")
+    return facts
 
 
 def _matryoshka_dimensions(hf_config: Any) -> tuple[int, ...] | None:

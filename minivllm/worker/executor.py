@@ -20,7 +20,8 @@ from minivllm.errors import ConfigError
 from minivllm.models.layers import KVCacheSpec
 from minivllm.models.linear import weight_bytes
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput
-from minivllm.worker.kv_cache import KVCachePlan, allocate_kv_caches
+from minivllm.worker.draft_model import DraftModel
+from minivllm.worker.kv_cache import KVCache, KVCachePlan, allocate_kv_caches
 from minivllm.worker.model_runner import GrammarBitmask, ModelRunner
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -42,6 +43,7 @@ class Executor:
     """Args:
     model: loaded, in eval mode.
     dtype: of keys and values.
+    draft_model: loaded, in eval mode; guesses tokens for `model`. None: nobody does, or somebody without weights.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Executor:
         causal: bool = True,
         batch_invariant: bool = False,
         poison: bool = False,
+        draft_model: torch.nn.Module | None = None,
     ):
         self.model: Any = model  # a class of models/registry.py
+        self.draft_model: Any = draft_model
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.pooling_type = pooling_type
@@ -67,24 +71,38 @@ class Executor:
 
     @property
     def kv_cache_specs(self) -> Sequence[KVCacheSpec]:
-        return self.model.kv_cache_specs
+        """Of all layers that keep something for a block id, the draft model's included."""
+        specs: list[KVCacheSpec] = list(self.model.kv_cache_specs)
+        return specs if self.draft_model is None else [*specs, *self.draft_model.kv_cache_specs]
 
     @property
     def weight_bytes(self) -> int:
         """Resident, packed ones included."""
-        return weight_bytes(self.model)
+        return weight_bytes(self.model) + (0 if self.draft_model is None else weight_bytes(self.draft_model))
 
     def initialize_kv_cache(self, plan: KVCachePlan) -> None:
         """Reserve the blocks of the plan."""
+
+        def allocate(model: Any) -> KVCache:
+            return allocate_kv_caches(
+                model.kv_cache_specs, plan.num_blocks, plan.block_size, self.dtype, poison=self.poison
+            )
+
+        draft_model = None
+        if self.draft_model is not None:
+            draft_model = DraftModel(
+                self.draft_model, allocate(self.draft_model), plan.block_size, batch_invariant=self.batch_invariant
+            )
         self._runner = ModelRunner(
             self.model,
-            allocate_kv_caches(self.kv_cache_specs, plan.num_blocks, plan.block_size, self.dtype, poison=self.poison),
+            allocate(self.model),
             plan.block_size,
             self.max_model_len,
             pooling_type=self.pooling_type,
             batch_invariant=self.batch_invariant,
             causal=self.causal,
             poison=self.poison,
+            draft_model=draft_model,
         )
 
     def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:
