@@ -14,6 +14,7 @@ fills them from the model, cli/ and llm.py from the user. Twin in vLLM: vllm/con
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from minivllm.errors import ConfigError, show
@@ -127,7 +128,7 @@ class SpeculativeConfig:
     num_speculative_tokens: int  # drafts of one request in one step
     prompt_lookup_max: int | None = None  # ngram: longest run of tokens that is looked for; None = 4
     prompt_lookup_min: int | None = None  # ngram: shortest; None = 2, or prompt_lookup_max where that is 1
-    model: str | None = None  # draft_model: a folder, a .gguf file or an id; same vocabulary
+    model: str | Path | None = None  # draft_model: a folder, a .gguf file or an id; same vocabulary
     disable_by_batch_size: int = 4  # more running requests than this: no drafts
     min_acceptance_rate: float = 0.25  # of a request's recent drafts; below it they pause
 
@@ -154,9 +155,10 @@ class SpeculativeConfig:
             )
         if self.model is not None:
             self._check_belongs("model", "draft_model")
-        elif self.method == "draft_model":
+        if self.method == "draft_model" and not isinstance(self.model, str | Path):
             raise ConfigError(
-                'speculative_config.model is missing: method "draft_model" needs a smaller model of the same vocabulary.',
+                'speculative_config.model must name a model for method "draft_model", a smaller one of the same '
+                f"vocabulary, got {show(self.model)}.",
                 parameter="speculative_config",
             )
 

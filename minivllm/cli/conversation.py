@@ -62,6 +62,7 @@ def chat(
     max_model_len: options.MaxModelLenOption = None,
     gpu_memory_utilization: options.UtilizationOption = 0.25,
     kv_cache_memory_bytes: options.CacheBytesOption = None,
+    speculative_config: options.SpeculativeOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Talk with a model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.

@@ -41,6 +41,7 @@ def generate(
     gpu_memory_utilization: options.UtilizationOption = 0.25,
     kv_cache_memory_bytes: options.CacheBytesOption = None,
     batch_invariant: options.BatchInvariantOption = False,
+    speculative_config: options.SpeculativeOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue a text, as it is: no chat template. The answer appears as it is generated."""

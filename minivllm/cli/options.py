@@ -75,6 +75,14 @@ NumBlocksOption = Annotated[
 BatchInvariantOption = Annotated[
     bool, typer.Option("--batch-invariant", help="Same bits whatever else runs; slower.", rich_help_panel=ENGINE)
 ]
+SpeculativeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='Guess tokens ahead, e.g. {"method": "ngram", "num_speculative_tokens": 6}; changes speed only.',
+        rich_help_panel=ENGINE,
+    ),
+]
 SeedOption = Annotated[
     int | None, typer.Option(metavar="NUMBER", help="Makes sampling repeatable.", rich_help_panel=SAMPLING)
 ]

@@ -176,9 +176,6 @@ QuantizationOption = Annotated[
     str | None,
     typer.Option("--quantization", "-q", metavar="NAME", help="none, or gguf for a .gguf file.", rich_help_panel=MODEL),
 ]
-SpeculativeOption = Annotated[
-    str | None, typer.Option(metavar="JSON", help="JSON. Not built yet: refused, unless null.", rich_help_panel=MODEL)
-]
 ServeSeedOption = Annotated[
     int, typer.Option(metavar="NUMBER", help="Of requests that bring none.", rich_help_panel=MODEL)
 ]

@@ -16,8 +16,8 @@ import typer
 
 from minivllm.cli import options, ready, settings
 from minivllm.cli import serve_options as only
-from minivllm.cli.terminal import load, stderr
-from minivllm.config import ParallelConfig
+from minivllm.cli.terminal import load, speculative_config, stderr
+from minivllm.config import ParallelConfig, SpeculativeConfig
 from minivllm.errors import ConfigError
 
 # What serve hands on to ServerConfig: field -> option.
@@ -79,7 +79,7 @@ def serve(
     reasoning_parser: only.ReasoningParserOption = "auto",
     generation_config: only.GenerationConfigOption = "auto",
     quantization: only.QuantizationOption = None,
-    speculative_config: only.SpeculativeOption = None,
+    speculative_config: options.SpeculativeOption = None,
     seed: only.ServeSeedOption = 0,
     dtype: options.DtypeOption = "auto",
     max_model_len: options.MaxModelLenOption = None,
@@ -174,11 +174,7 @@ def checked(ctx: typer.Context) -> Any:
     config = ServerConfig(**{field: given[option] for field, option in SERVER_SETTINGS.items()})
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     ParallelConfig(**{name: given[name] for name in sizes})
-    if speculative(given["speculative_config"]) is not None:
-        raise ConfigError(
-            "speculative_config must be left out: speculative decoding is not built yet.",
-            parameter="speculative_config",
-        )
+    SpeculativeConfig.from_dict(speculative_config(ctx))
     return config
 
 
@@ -197,17 +193,6 @@ def origins(text: str | None) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(origin, str) for origin in found):
         raise typer.BadParameter(f"--allowed-origins must be words or a JSON list of strings, got {text[:100]!r}")
     return tuple(found)
-
-
-def speculative(text: str | None) -> dict[str, Any] | None:
-    """A JSON object, or null."""
-    try:
-        found = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        found = 0
-    if found is not None and not isinstance(found, dict):
-        raise typer.BadParameter(f"--speculative-config must be a JSON object or null, got {(text or '')[:100]!r}")
-    return found
 
 
 def _warn(ctx: typer.Context) -> None:

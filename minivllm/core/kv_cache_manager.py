@@ -61,7 +61,7 @@ class KVCacheManager:
         computed_blocks: list[KVCacheBlock] | None = None,
         num_draft_tokens: int = 0,
     ) -> list[KVCacheBlock] | None:
-        """Make room for the next `num_new_tokens` tokens and the drafts behind them; returns the blocks that were added.
+        """Make room for the next `num_new_tokens` tokens and the drafts behind them; returns the added blocks.
 
         `computed_blocks` come from get_computed_blocks and are held from here on. None, and nothing changed,
         when the pool is short.

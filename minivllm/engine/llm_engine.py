@@ -383,14 +383,15 @@ def read_model_facts(
 def read_draft_facts(
     config: SpeculativeConfig | None, target: ModelConfig, *, show_progress: bool = False
 ) -> ModelFacts | None:
-    """Find the draft model, if there is to be one. Raises ModelNotFoundError, ConfigError: the two do not go together."""
+    """Find the draft model, if there is to be one. Raises ModelNotFoundError, ConfigError (it does not fit)."""
     problem = None
     if config is not None and target.is_pooling:
         problem = f"speculative_config must be left out: {target.name} is an embedding model and generates no text."
     facts = None
     if problem is None and config is not None and config.model is not None:
         facts = read_model_facts(config.model, show_progress=show_progress)
-        draft, limit = facts.model_config, facts.hf_config.get_text_config().max_position_embeddings
+        draft = facts.model_config
+        limit = getattr(facts.hf_config.get_text_config(), "max_position_embeddings", None)
         if draft.is_pooling:
             problem = f"speculative_config.model must generate text: {draft.name} is an embedding model."
         elif draft.vocab_size != target.vocab_size:
@@ -398,7 +399,7 @@ def read_draft_facts(
                 f"speculative_config.model must have the vocabulary of {target.name}, {target.vocab_size} tokens; "
                 f"{draft.name} has {draft.vocab_size}."
             )
-        elif limit < target.max_model_len:
+        elif limit is not None and limit < target.max_model_len:
             problem = (
                 f"speculative_config.model must be made for {target.max_model_len} tokens as {target.name} is used; "
                 f"{draft.name} is for {limit}. Set max_model_len to {limit} or less."

@@ -2,8 +2,8 @@
 
     ... 7 8 9 | 4 5 ...... 7 8 9        the last three tokens stood there before: drafts 4 5 ...
 
-Good for edits, quotations, code and JSON, whose keys repeat; silent elsewhere. One table for one request, filled while it
-runs: a token costs a few dictionary entries and never a walk over the text, however long it is.
+Good for edits, quotations, code and JSON, whose keys repeat; silent elsewhere. One table for one request, filled while
+it runs: a token costs a few dictionary entries and never a walk over the text, however long it is.
 
 Knows no model and no engine. Called by engine/drafting.py. Twin in vLLM: vllm/v1/spec_decode/ngram_proposer.py (which
 searches the text each time).

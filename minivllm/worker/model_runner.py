@@ -6,7 +6,7 @@
     3 forward             hidden states of every scheduled token
     4 prompt logprobs     for those who asked
     5 grammar bitmask     asked for by a call, only now: nobody needs it before
-    6 logits, sampler     only for requests whose last token was computed; on to the next row behind a draft that was drawn
+    6 logits, sampler     only for requests whose last token was computed; behind a draft that was drawn, the next row
     7 pooling             for embedding requests
 
 Knows no queue, no text and no client. Called by executor.py. Twin in vLLM: vllm/v1/worker/gpu_model_runner.py.
