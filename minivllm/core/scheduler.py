@@ -281,7 +281,6 @@ class Scheduler:
         self.kv_cache.free(victim)
         victim.status = RequestStatus.PREEMPTED
         victim.num_computed_tokens = 0
-        victim.draft_token_ids = []
         victim.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.put_back(victim)
