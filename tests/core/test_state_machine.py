@@ -1,8 +1,8 @@
 """The scheduler, the manager and the pool under random sequences of everything that can happen to them.
 
 A hypothesis state machine drives the real Scheduler with a FakeRunner, which knows what lies in every slot of the
-cache. Drafts, right and wrong ones, follow the newest tokens. Requests share prefixes, salts and children's prompts, pools are so small that preemption is the rule, and
-steps break in every way. After each rule the ten invariants hold:
+cache. Drafts, right and wrong ones, follow the newest tokens. Requests share prefixes, salts and children's prompts,
+pools are so small that preemption is the rule, and steps break in every way. After each rule the ten invariants hold:
 
  1. free and held blocks are all blocks, and no block is twice in the free queue, where nameless ones stand in front
     of named ones and the tail of a prefix in front of its head; a step takes its new blocks from the front;
