@@ -229,7 +229,12 @@ def test_the_examples_read_the_key_from_the_variable_that_has_it(monkeypatch: py
         (("--pipeline-parallel-size", "2"), 1, "pipeline_parallel_size must be 1, got 2"),
         (("--data-parallel-size", "2"), 1, "data_parallel_size must be 1, got 2"),
         (("-tp", "0"), 1, "tensor_parallel_size must be an integer in [1, "),
-        (("--speculative-config", '{"method": "ngram"}'), 1, "speculative decoding is not built yet"),
+        (("--speculative-config", '{"method": "ngram"}'), 1, "speculative_config.num_speculative_tokens is missing"),
+        (
+            ("--speculative-config", '{"method": "eagle", "num_speculative_tokens": 3}'),
+            1,
+            "ngram, draft_model, got 'eagle'",
+        ),
         (("--speculative-config", "ngram"), 2, "--speculative-config must be a JSON object or null, got 'ngram'"),
         (("--max-logprobs", "21"), 1, "max_logprobs must be in [0, 20], got 21"),
         (("--tool-call-parser", "luck"), 1, "tool_call_parser must be one of auto, "),
