@@ -30,6 +30,7 @@ from minivllm.structured_output.manager import StructuredOutputManager
 class _Drafted:
     """What is kept of one request while it runs."""
 
+    request: Request
     table: NgramTable
     acceptance: Acceptance
 
@@ -77,10 +78,11 @@ class Drafting:
 
     def _propose(self, request: Request) -> list[int]:
         config, request_id = self._config, request.request_id
-        if request_id not in self._drafted:
+        drafted = self._drafted.get(request_id)
+        if drafted is None or drafted.request is not request:  # or the id of one that was aborted since
             table = NgramTable(config.shortest_lookup, config.longest_lookup)
-            self._drafted[request_id] = _Drafted(table, Acceptance(config.min_acceptance_rate))
-        drafted = self._drafted[request_id]
+            drafted = _Drafted(request, table, Acceptance(config.min_acceptance_rate))
+            self._drafted[request_id] = drafted
         if not drafted.acceptance.allows(request.num_tokens):
             return []
         if config.method == "draft_model":
