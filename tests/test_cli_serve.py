@@ -269,13 +269,12 @@ def test_what_the_model_decides_is_refused_before_the_weights_are_read(
 
 
 def test_what_asks_for_nothing_is_accepted_with_a_word(minivllm: Run):
-    flags = ("--enforce-eager", "--trust-remote-code", "--swap-space", "4", "--enable-auto-tool-choice")
+    flags = ("--trust-remote-code", "--swap-space", "4", "--enable-auto-tool-choice")
     result = minivllm("serve", "--print-config", *flags, "--disable-log-requests", "-tp", "1", "-q", "none")
     lines = result.err.splitlines()
     assert [line.split()[1] for line in lines] == [
         "--swap-space",
         "--enable-auto-tool-choice",
-        "--enforce-eager",
         "--trust-remote-code",
         "--disable-log-requests",
     ]

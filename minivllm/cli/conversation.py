@@ -59,8 +59,9 @@ def chat(
     seed: options.SeedOption = None,
     stop: options.StopOption = None,
     dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
     max_model_len: options.MaxModelLenOption = None,
-    gpu_memory_utilization: options.UtilizationOption = 0.25,
+    gpu_memory_utilization: options.UtilizationOption = None,
     kv_cache_memory_bytes: options.CacheBytesOption = None,
     as_json: options.JsonOption = False,
 ) -> None:

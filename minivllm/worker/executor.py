@@ -1,9 +1,11 @@
-"""Executor: the model and its cache on the devices of this machine, behind two methods.
+"""Executor: the model and its cache on the devices of this machine, behind three methods.
 
+    measure_memory()             once, for the plan: what a step needs beside weights and cache
     initialize_kv_cache(plan)    once
     execute_model(step)          every step
 
-This one runs in the caller's process, on one device. Knows no scheduler. Owned by engine/llm_engine.py.
+This one runs in the caller's process, on one device: the only one to know whether that is a CPU (cpu.py) or a GPU
+(gpu.py). Knows no scheduler. Owned by engine/llm_engine.py.
 Twin in vLLM: vllm/v1/executor/uniproc_executor.py.
 """
 
@@ -20,7 +22,8 @@ from minivllm.errors import ConfigError
 from minivllm.models.layers import KVCacheSpec
 from minivllm.models.linear import weight_bytes
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput
-from minivllm.worker.kv_cache import KVCachePlan, allocate_kv_caches
+from minivllm.worker import gpu
+from minivllm.worker.kv_cache import GPUMemory, KVCachePlan, allocate_kv_caches
 from minivllm.worker.model_runner import GrammarBitmask, ModelRunner
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -42,6 +45,9 @@ class Executor:
     """Args:
     model: loaded, in eval mode.
     dtype: of keys and values.
+    device: where the model's weights are.
+    max_num_seqs, max_num_batched_tokens: what no step exceeds; a GPU's buffers are so large.
+    enforce_eager: no CUDA graphs. impl: of the sampler's operations on a GPU.
     """
 
     def __init__(
@@ -54,8 +60,15 @@ class Executor:
         causal: bool = True,
         batch_invariant: bool = False,
         poison: bool = False,
+        device: torch.device = torch.device("cpu"),
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 1024,
+        enforce_eager: bool = False,
+        impl: str = "auto",
     ):
         self.model: Any = model  # a class of models/registry.py
+        self.device, self.enforce_eager, self.impl = device, enforce_eager, impl
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.pooling_type = pooling_type
@@ -74,17 +87,44 @@ class Executor:
         """Resident, packed ones included."""
         return weight_bytes(self.model)
 
-    def initialize_kv_cache(self, plan: KVCachePlan) -> None:
-        """Reserve the blocks of the plan."""
+    def measure_memory(self, before: gpu.MemorySnapshot, block_size: int) -> GPUMemory:
+        """Of a GPU. before: nothing of this engine was there."""
+        caches = allocate_kv_caches(self.kv_cache_specs, 1, block_size, self.dtype, device=self.device)
+        path = gpu.GPUPath(self.model, caches, self.device, self._limits(block_size), None, impl=self.impl)
+        has_graphs = not self.enforce_eager and bool(caches) and gpu.can_be_captured(self.model)
+        return gpu.measure_memory(path, before, max(gpu.row_buckets(self.max_num_seqs)) if has_graphs else 0)
+
+    def initialize_kv_cache(self, plan: KVCachePlan, *, show_progress: bool = False) -> None:
+        """Reserve the blocks of the plan; on a GPU capture the graphs, with a bar on request."""
+        caches = allocate_kv_caches(
+            self.kv_cache_specs, plan.num_blocks, plan.block_size, self.dtype, device=self.device, poison=self.poison
+        )
+        path = None
+        if self.device.type == "cuda":
+            path = gpu.GPUPath(
+                self.model,
+                caches,
+                self.device,
+                self._limits(plan.block_size),
+                None if self.enforce_eager else gpu.cuda_capture(),
+                impl=self.impl,
+                show_progress=show_progress,
+            )
         self._runner = ModelRunner(
             self.model,
-            allocate_kv_caches(self.kv_cache_specs, plan.num_blocks, plan.block_size, self.dtype, poison=self.poison),
+            caches,
             plan.block_size,
             self.max_model_len,
             pooling_type=self.pooling_type,
             batch_invariant=self.batch_invariant,
             causal=self.causal,
             poison=self.poison,
+            path=path,
+        )
+
+    def _limits(self, block_size: int) -> gpu.Limits:
+        return gpu.Limits(
+            self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, block_size, self.batch_invariant
         )
 
     def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:

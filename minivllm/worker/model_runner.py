@@ -1,12 +1,14 @@
 """ModelRunner: one step on one device. SchedulerOutput in, ModelRunnerOutput out.
 
     1 update states       forget, learn and extend requests
-    2 InputBatch          flat tensors
+    2 InputBatch          flat tensors, brought to the device
     3 forward             hidden states of every scheduled token
     4 prompt logprobs     for those who asked
     5 grammar bitmask     asked for by a call, only now: nobody needs it before
     6 logits, sampler     only for requests whose last token was computed
     7 pooling             for embedding requests
+
+Where they are computed is the path's business: cpu.py or gpu.py, with the same three methods (prepare, forward, sample).
 
 Knows no queue, no text and no client. Called by executor.py. Twin in vLLM: vllm/v1/worker/gpu_model_runner.py.
 """
@@ -23,8 +25,8 @@ import torch
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from minivllm.sample.logprobs import prompt_logprobs
 from minivllm.sample.metadata import SamplingMetadata
-from minivllm.sample.sampler import sample
 from minivllm.worker import pooling
+from minivllm.worker.cpu import CPUPath
 from minivllm.worker.input_batch import InputBatch, RequestState
 from minivllm.worker.kv_cache import KVCache, poison_blocks
 
@@ -37,6 +39,10 @@ PROMPT_LOGPROBS_ROWS = 64  # logits of this many prompt rows at a time: 64 x 152
 
 
 class ModelRunner:
+    """Args:
+    path: how this device computes a step; None: as a CPU does.
+    """
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -48,8 +54,10 @@ class ModelRunner:
         batch_invariant: bool = False,
         causal: bool = True,
         poison: bool = False,
+        path: CPUPath | None = None,
     ):
         self.model: Any = model  # a class of models/registry.py
+        self.path = path or CPUPath(model, kv_caches)
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -76,7 +84,8 @@ class ModelRunner:
             causal=self.causal,
             batch_invariant=self.batch_invariant,
         )
-        hidden_states = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attention)
+        batch = self.path.prepare(batch)
+        hidden_states = self.path.forward(batch)
         for state, rows in self._rows_of(batch, hidden_states):
             if state.num_prompt_logprobs is not None:
                 self._prompt_logprobs(state, rows, result)
@@ -122,7 +131,7 @@ class ModelRunner:
             [state.row for state in batch.sampling_states if state.row is not None],
             None if grammar_bitmask is None else self._bitmask_rows(batch, grammar_bitmask()),
         )
-        drawn = sample(logits, metadata)
+        drawn = self.path.sample(logits, metadata)
         for index, state in enumerate(batch.sampling_states):
             if index in drawn.errors:
                 result.errors[state.request_id] = drawn.errors[index]

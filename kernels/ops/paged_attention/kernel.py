@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minivllm.kernels.paged_attention.metadata import AttentionMetadata
+from minivllm.kernels.paged_attention.metadata import AttentionMetadata, StepTensors
 from minivllm.kernels.paged_attention.split import MAX_HEAD_SIZE, Launch, choose_launch, num_multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -225,7 +225,9 @@ def merge_kernel(
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + splits.to(tl.int64) * num_pairs + pair, mask=splits < num_splits, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, axis=0))  # [SPLITS]; every row sees at least itself, so the maximum is finite
+    # [SPLITS]; every row sees at least itself, so the maximum is finite. A row that no request owns (padding of a
+    # graph) has no parts: what comes out is read by nobody.
+    weights = tl.exp2(lse - tl.max(lse, axis=0))
     weights = weights / tl.sum(weights, axis=0)
     parts = tl.load(
         parts_ptr + (splits[:, None].to(tl.int64) * num_pairs + pair) * head_size + dims[None, :],
@@ -237,16 +239,6 @@ def merge_kernel(
 
 
 # ------------------------------------------------------------------ the launch
-class StepTensors:
-    """A step's host lists on the device: made by the first layer of the step, shared by all of them."""
-
-    def __init__(self, metadata: AttentionMetadata, device: torch.device):
-        self.query_start_loc = torch.tensor(metadata.query_start_loc, dtype=torch.int32, device=device)
-        self.seq_lens = torch.tensor(metadata.seq_lens, dtype=torch.int32, device=device)
-        self.block_table = metadata.block_table.to(device=device, dtype=torch.int32).contiguous()
-        self.max_seq_len = max(metadata.seq_lens)
-
-
 def _as_stored(cache: torch.Tensor) -> torch.Tensor | triton.runtime.jit.TensorWrapper:
     """cache [num_kv_heads, num_blocks, block_size, head_size], with a type that Triton has for this GPU: before sm_89
     it knows e4m3 with another bias only."""
@@ -274,7 +266,7 @@ def paged_attention(
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """See the package's docstring. Fills metadata.plan on the first call of a step. launch: None chooses one."""
     if metadata.plan is None:
-        metadata.plan = StepTensors(metadata, query.device)
+        metadata.plan = StepTensors.of(metadata, query.device)
     step = metadata.plan
     assert isinstance(step, StepTensors), step
     num_tokens, num_heads, head_size = query.shape
