@@ -136,11 +136,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
-    """Where a model is computed; worker/gpu.py finds out whether it is there. Without a GPU enforce_eager means nothing:
-    every step is."""
+    """Where a model is computed; worker/gpu.py finds out whether it is there."""
 
     device: str = "auto"  # "auto", "cpu", "cuda" (the first GPU), "cuda:1"
-    enforce_eager: bool = False  # no CUDA graphs: slower steps, a faster start
+    enforce_eager: bool = False  # no CUDA graphs: slower steps, a faster start; a CPU has none
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):

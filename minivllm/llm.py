@@ -43,8 +43,8 @@ class LLM:
         max_model_len: tokens of prompt and output together; None = the model's own, at most 8192.
         block_size: tokens per block of the key/value cache.
         max_num_seqs, max_num_batched_tokens: requests and tokens in one step.
-        gpu_memory_utilization: share of the device's memory (on a CPU, of the RAM) for all that the engine needs, weights
-            and cache above all; None = 0.92 of a GPU, 0.25 of the RAM.
+        gpu_memory_utilization: share of the device's memory (on a CPU, of the RAM) for weights and cache together;
+            None = 0.92 of a GPU, 0.25 of the RAM.
         kv_cache_memory_bytes, num_gpu_blocks_override: the cache's size, said directly.
         scheduling_policy: "fcfs", or "priority" (a lower number runs first).
         batch_invariant: logits do not depend on what else runs, bit for bit. Slower.

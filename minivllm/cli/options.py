@@ -58,8 +58,8 @@ UtilizationOption = Annotated[
     typer.Option(
         "--gpu-memory-utilization",
         metavar="SHARE",
-        help="Share of the device's memory for weights and cache, in (0, 1]. Not given: 0.92 of a GPU; without one, 0.25 "
-        "of the RAM.",
+        help="Share of the device's memory for weights and cache, in (0, 1]. Not given: 0.92 of a GPU; without one, "
+        "0.25 of the RAM.",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -142,15 +142,7 @@ def load_engines(ctx: typer.Context) -> tuple[Any, Any]:
     name = ctx.params["embedding_model"]
     if name is None:
         return load(ctx, chosen_model(ctx)).llm_engine, None
-    same = (
-        "dtype",
-        "device",
-        "enforce_eager",
-        "block_size",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "batch_invariant",
-    )
+    same = ("dtype", "block_size", "max_num_seqs", "max_num_batched_tokens", "batch_invariant", "device")
     with stderr().status("loading the embedding model"):
         embedding_engine = load_embedding_engine(name, **{setting: ctx.params[setting] for setting in same})
     reserved = memory_bytes(embedding_engine)

@@ -98,7 +98,9 @@ def plan_engine(
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
 ) -> EnginePlan:
-    """The plan for LLM(...) with the same arguments on a CPU (a GPU's follows from a measured step). Raises ModelNotFoundError, ConfigError.
+    """The plan for LLM(...) with the same arguments on a CPU; a GPU's follows from a step that is measured.
+
+    Raises ModelNotFoundError, ConfigError.
 
     Packed weights fill whole tiles (models/linear.py): widths that are no multiple of 64, which only toy models have,
     take more bytes than planned.

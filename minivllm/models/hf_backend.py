@@ -312,11 +312,11 @@ def _logits_of_second_chunk(
     requests: token ids, [length] each
     """
     block_size = 16
-    like = {"dtype": model.options.dtype, "device": model.options.device}
+    like = torch.empty(0, dtype=model.options.dtype, device=model.options.device)
     caches: list[KVCache] = []
     for spec in model.kv_cache_specs:
         shape = (spec.num_kv_heads, len(requests) + 1, block_size, spec.head_size)
-        caches.append((torch.zeros(shape, **like), torch.zeros(shape, **like)))
+        caches.append((like.new_zeros(shape), like.new_zeros(shape)))
     logits: list[torch.Tensor] = []
     for start, stop in ((0, chunk), (chunk, max(map(len, requests)))):
         parts = [request[start:stop] for request in requests]

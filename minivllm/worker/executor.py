@@ -45,7 +45,7 @@ class Executor:
     """Args:
     model: loaded, in eval mode.
     dtype: of keys and values.
-    device: where the model's weights are.
+    device: where the model's weights are; None: a CPU.
     max_num_seqs, max_num_batched_tokens: what no step exceeds; a GPU's buffers are so large.
     enforce_eager: no CUDA graphs. impl: of the sampler's operations on a GPU.
     """
@@ -60,14 +60,15 @@ class Executor:
         causal: bool = True,
         batch_invariant: bool = False,
         poison: bool = False,
-        device: torch.device = torch.device("cpu"),
+        device: torch.device | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 1024,
         enforce_eager: bool = False,
         impl: str = "auto",
     ):
         self.model: Any = model  # a class of models/registry.py
-        self.device, self.enforce_eager, self.impl = device, enforce_eager, impl
+        self.device = device or torch.device("cpu")
+        self.enforce_eager, self.impl = enforce_eager, impl
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.dtype = dtype
         self.max_model_len = max_model_len

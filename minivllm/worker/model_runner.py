@@ -8,7 +8,7 @@
     6 logits, sampler     only for requests whose last token was computed
     7 pooling             for embedding requests
 
-Where they are computed is the path's business: cpu.py or gpu.py, with the same three methods (prepare, forward, sample).
+How a device prepares, computes and samples is the business of its path: cpu.py, gpu.py.
 
 Knows no queue, no text and no client. Called by executor.py. Twin in vLLM: vllm/v1/worker/gpu_model_runner.py.
 """
