@@ -10,8 +10,8 @@ A graph repeats a step's kernels with the arguments they had when it was capture
     - the buffers, whose addresses it holds and whose content is each step's own, and
     - its KEY: the integers that shape a launch. These are the rows, rounded up to a bucket, and how attention cuts its
       contexts (split.py), which follows from the rows and the longest context, rounded up to a power of two.
-Rows that fill a bucket belong to requests that own no row: slot -1, so they write nowhere; no tile, so they attend to
-nothing. Many contexts share one cut, so there are far fewer keys than pairs of buckets.
+Rows that fill a bucket belong to requests without context: slot -1, so they write nowhere; seq_len 0, so they attend to
+nothing and become 0. Many contexts share one cut, so there are far fewer keys than pairs of buckets.
 
 Every key is captured at start-up, largest first into one pool. None is captured later: that would stop all requests,
 and take memory that the cache has by then. More rows than the largest bucket, or a request with several rows (a prompt,
@@ -125,7 +125,7 @@ def measure_memory(path: GPUPath, before: MemorySnapshot, num_graph_rows: int) -
     resident = torch.cuda.memory_allocated(device)
     batch = path.prepare(dummy_batch(num_reqs, limits))
     hidden_states = path.forward(batch)
-    if path.kv_caches:
+    if path.kv_caches and getattr(path.model, "has_head", True):
         logits = path.model.compute_logits(hidden_states[:num_reqs])
         path.sample(logits, dummy_sampling(num_reqs))
     torch.cuda.synchronize(device)
@@ -276,6 +276,7 @@ class InputBuffers:
         self.query_start_loc = Buffer([num_reqs + 1], torch.int32, device)
         self.seq_lens = Buffer([num_reqs], torch.int32, device)
         self.block_table = Buffer([num_reqs, max_blocks], torch.int32, device)
+        self.query_start_loc.device.copy_(torch.arange(num_reqs + 1))  # at first all is padding
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def put(self, batch: InputBatch, num_rows: int) -> InputBatch:
@@ -287,7 +288,7 @@ class InputBuffers:
         num_tokens, num_reqs = max(num_rows, metadata.num_tokens), max(num_rows, metadata.num_reqs)
         if self._copied is not None:
             self._copied.synchronize()  # the last step's copies still read the mirrors
-        starts = metadata.query_start_loc + metadata.query_start_loc[-1:] * (num_reqs - metadata.num_reqs)
+        starts = [*metadata.query_start_loc, *range(metadata.num_reqs + 1, num_reqs + 1)]  # padding: a row each
         step = StepTensors(
             self.query_start_loc.put(torch.tensor(starts), num_reqs + 1)[: metadata.num_reqs + 1],
             self.seq_lens.put(torch.tensor(metadata.seq_lens), num_reqs),

@@ -15,25 +15,21 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from minivllm.kernels.logprobs import MAX_TOP, logprobs
+from minivllm.kernels.logprobs import logprobs
 from minivllm.kernels.penalties import logit_bias, penalties
 from minivllm.kernels.token_bitmask import token_bitmask
 from minivllm.kernels.top_k_top_p import top_k_top_p_sample
 from minivllm.outputs import TokenLogprobs
 from minivllm.sample.metadata import SamplingMetadata
 from minivllm.sample.random import uniform
-from minivllm.sample.sampler import NO_TOKEN, SamplerOutput, reason, sample
+from minivllm.sample.sampler import NO_TOKEN, SamplerOutput, reason
 
 
 def sample_on_device(logits: torch.Tensor, metadata: SamplingMetadata, *, impl: str = "auto") -> SamplerOutput:
     """sample/sampler.py's `sample`: the same contract, the same tokens up to rounding.
 
-    A step that asks for more than MAX_TOP logprobs (a wide beam search) is sampled on the host.
     logits: [num_reqs, vocab_size] fp32, spent afterwards
     """
-    num_top = max((number or 0 for number in metadata.num_logprobs), default=0)
-    if num_top > MAX_TOP:
-        return sample(logits, metadata)
     if metadata.grammar_bitmask is not None:
         token_bitmask(logits, metadata.grammar_bitmask.to(logits.device), impl=impl)
     wants_logprobs = any(number is not None for number in metadata.num_logprobs)
@@ -51,7 +47,7 @@ def sample_on_device(logits: torch.Tensor, metadata: SamplingMetadata, *, impl: 
         impl=impl,
     )
     columns = [sampled.token_ids[:, None]]
-    num_top = min(num_top, logits.shape[1])
+    num_top = min(max(number or 0 for number in metadata.num_logprobs), logits.shape[1])
     if wants_logprobs:
         found = logprobs(raw, sampled.token_ids, num_top, impl=impl)
         columns += [found.ranks[:, None], found.logprobs[:, None], found.top_token_ids, found.top_logprobs]
@@ -69,7 +65,7 @@ def _change(logits: torch.Tensor, metadata: SamplingMetadata, impl: str) -> None
     states = metadata.penalties
     if states:
         seen = {row: (state.token_ids, state.output_counts) for row, state in states.items()}
-        settings = np.ones((3, len(logits)))
+        settings = np.ones((3, len(logits)))  # of rows without penalties nothing is read
         for row, state in states.items():
             settings[:, row] = state.repetition, state.frequency, state.presence
         on_device = torch.from_numpy(settings).to(logits.device)

@@ -197,7 +197,7 @@ def paged_attention_kernel(
         acc = acc * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         running_max = new_max
 
-    has_seen = running_sum > 0.0  # no row sees nothing, but a row may see nothing of this split
+    has_seen = running_sum > 0.0  # a row may see nothing of this split, and padding (seq_len 0) nothing at all
     running_sum = tl.where(has_seen, running_sum, 1.0)
     out = acc / running_sum[:, None]
     mask = is_row[:, None] & is_dim[None, :]
@@ -225,10 +225,10 @@ def merge_kernel(
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + splits.to(tl.int64) * num_pairs + pair, mask=splits < num_splits, other=float("-inf"))
-    # [SPLITS]; every row sees at least itself, so the maximum is finite. A row that no request owns (padding of a
-    # graph) has no parts: what comes out is read by nobody.
-    weights = tl.exp2(lse - tl.max(lse, axis=0))
-    weights = weights / tl.sum(weights, axis=0)
+    largest = tl.max(lse, axis=0)
+    weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))  # [SPLITS]
+    total = tl.sum(weights, axis=0)
+    weights = weights / tl.where(total > 0.0, total, 1.0)  # 0: a row without context, the padding of a CUDA graph
     parts = tl.load(
         parts_ptr + (splits[:, None].to(tl.int64) * num_pairs + pair) * head_size + dims[None, :],
         mask=(weights > 0)[:, None] & (dims < head_size)[None, :],

@@ -42,7 +42,7 @@ class AttentionMetadata:
 class StepTensors:
     """A step's lists where a GPU reads them, shared by all layers: what `AttentionMetadata.plan` is there.
 
-    A request may own no row (query_start_loc repeats a number): nothing is read or written for it.
+    A request may have no context (seq_len 0, slot -1): nothing is read for it, and its row becomes 0.
     """
 
     query_start_loc: torch.Tensor  # [num_reqs + 1] int32
