@@ -44,7 +44,7 @@ class Repeats:
 
 
 class Reads(TorchDispatchMode):
-    """Addresses of the memory that operations are given from outside."""
+    """Addresses of the memory that operations are given from outside; packed weights have none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Reads(TorchDispatchMode):
 
     @staticmethod
     def _tensors(tree: Any) -> list[torch.Tensor]:
-        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
 
 
 class Toy(torch.nn.Module):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from minivllm import LLM
 from minivllm.config import CacheConfig, DeviceConfig
 from minivllm.errors import ConfigError
-from minivllm.kernels.paged_attention import AttentionMetadata, validate_metadata
+from minivllm.kernels.paged_attention import validate_metadata
 from minivllm.kernels.paged_attention.split import choose_launch
 from minivllm.models.layers import KVCacheSpec, ModelOptions
 from minivllm.worker import gpu
