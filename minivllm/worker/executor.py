@@ -47,7 +47,7 @@ class Executor:
     dtype: of keys and values.
     device: where the model's weights are; None: a CPU.
     max_num_seqs, max_num_batched_tokens: what no step exceeds; a GPU's buffers are so large.
-    enforce_eager: no CUDA graphs. impl: of the sampler's operations on a GPU.
+    enforce_eager: no CUDA graphs. impl: as the model's, for the sampler's kernels on a GPU.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Executor:
         """Of a GPU. before: nothing of this engine was there."""
         caches = allocate_kv_caches(self.kv_cache_specs, 1, block_size, self.dtype, device=self.device)
         path = gpu.GPUPath(self.model, caches, self.device, self._limits(block_size), None, impl=self.impl)
-        has_graphs = not self.enforce_eager and bool(caches) and gpu.can_be_captured(self.model)
+        has_graphs = not self.enforce_eager and gpu.can_be_captured(self.model, self.impl)
         return gpu.measure_memory(path, before, max(gpu.row_buckets(self.max_num_seqs)) if has_graphs else 0)
 
     def initialize_kv_cache(self, plan: KVCachePlan, *, show_progress: bool = False) -> None:

@@ -338,16 +338,17 @@ class InputBuffers:
 
 
 # ------------------------------------------------------------------ the path
-def can_be_captured(model: Any) -> bool:
-    """Not where the network may look at values on the host: transformers' own (models/hf_backend.py) may."""
-    return bool(getattr(model, "can_be_captured", True))
+def can_be_captured(model: Any, impl: str) -> bool:
+    """Only what reads its step from tensors: not an encoder's attention nor the reference's, which read the host's
+    lists, nor transformers' own networks (models/hf_backend.py), which may look at values."""
+    return impl != "reference" and bool(model.kv_cache_specs) and getattr(model, "can_be_captured", True)
 
 
 class GPUPath(CPUPath):
     """Args:
-    model: its weights on `device`, as the caches are. An encoder has no caches, and no graphs.
+    model: its weights on `device`, as the caches are. An encoder has no caches.
     capture: what makes graphs; None: every step is computed eagerly.
-    impl: of the sampler's operations.
+    impl: of the kernels, the sampler's too.
     """
 
     def __init__(
@@ -363,12 +364,13 @@ class GPUPath(CPUPath):
     ):
         super().__init__(model, kv_caches)
         self.device, self.limits, self.impl = device, limits, impl
+        self._make_current()
         self.buffers = InputBuffers(limits, device)
         self.graphs: dict[GraphKey, Callable[[], None]] = {}
         self.keys: dict[tuple[int, int], GraphKey] = {}  # (bucket of rows, bucket of contexts) -> graph
         self.row_buckets: list[int] = []
         self.context_buckets = context_buckets(limits.max_model_len)
-        if capture is not None and kv_caches and can_be_captured(model):
+        if capture is not None and can_be_captured(model, impl):
             self.row_buckets = row_buckets(limits.max_num_seqs)
             dtype = kv_caches[0][0].dtype
             self.hidden_states = torch.zeros(  # [max rows, hidden_size], where every graph leaves its result
@@ -378,8 +380,7 @@ class GPUPath(CPUPath):
 
     def prepare(self, batch: InputBatch) -> InputBatch:
         """The batch in the buffers. Raises ValueError for a block that the caches do not have: the device would not."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of this thread
+        self._make_current()
         if self.kv_caches:
             validate_metadata(batch.attention, num_blocks=self.kv_caches[0][0].shape[1])
         key = self.key_of(batch.attention)
@@ -396,6 +397,11 @@ class GPUPath(CPUPath):
     def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """logits: [num_logits, vocab_size] fp32, spent afterwards"""
         return sample_on_device(logits, metadata, impl=self.impl)
+
+    def _make_current(self) -> None:
+        """Triton launches on the current device, and every thread has its own."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def key_of(self, metadata: AttentionMetadata) -> GraphKey | None:
         """The graph that computes this step, None: none does."""

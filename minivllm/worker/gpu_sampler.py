@@ -2,7 +2,8 @@
 
     grammar bitmask ─▶ raw logits kept ─▶ allowed and banned ids ─▶ logit_bias ─▶ penalties ─▶ draw ─▶ logprobs
 
-Logits stay on the device; what goes there is as long as what requests ask for, what comes back is one small tensor.
+Logits stay on the device. What goes there is as long as what requests ask for, a greedy step's is five numbers per row;
+what comes back is one small tensor.
 The uniform numbers are the host's (sample/random.py), so both samplers draw the same tokens up to rounding.
 
 Knows no request. Called by gpu.py. Twin in vLLM: vllm/v1/worker/gpu/sample/sampler.py.
@@ -36,16 +37,8 @@ def sample_on_device(logits: torch.Tensor, metadata: SamplingMetadata, *, impl: 
     is_changed = any(map(metadata.changes_logits, range(len(logits))))
     raw = logits.clone() if wants_logprobs and is_changed else logits
     _change(logits, metadata, impl)
-    numbers = [uniform(*pair) for pair in zip(metadata.seeds, metadata.positions, strict=True)]
-    sampled = top_k_top_p_sample(
-        logits,
-        _column(metadata.temperature, logits),
-        _column(metadata.top_k, logits, torch.int32),
-        _column(metadata.top_p, logits),
-        _column(metadata.min_p, logits),
-        _column(numbers, logits),
-        impl=impl,
-    )
+    temperature, top_k, top_p, min_p, numbers = _settings(metadata).to(logits.device)  # [num_reqs] each
+    sampled = top_k_top_p_sample(logits, temperature, top_k.int(), top_p, min_p, numbers, impl=impl)
     columns = [sampled.token_ids[:, None]]
     num_top = min(max(number or 0 for number in metadata.num_logprobs), logits.shape[1])
     if wants_logprobs:
@@ -72,12 +65,10 @@ def _change(logits: torch.Tensor, metadata: SamplingMetadata, impl: str) -> None
         penalties(logits, *_lists(logits, seen, torch.int32), *on_device, impl=impl)
 
 
-def _column(
-    values: list[float] | list[int],
-    logits: torch.Tensor,  # [num_reqs, vocab_size]
-    dtype: torch.dtype = torch.float64,
-) -> torch.Tensor:  # [num_reqs]
-    return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
+def _settings(metadata: SamplingMetadata) -> torch.Tensor:  # [5, num_reqs] float64: one copy for all of them
+    numbers = [uniform(*pair) for pair in zip(metadata.seeds, metadata.positions, strict=True)]
+    columns = (metadata.temperature, metadata.top_k, metadata.top_p, metadata.min_p, numbers)
+    return torch.tensor(columns, dtype=torch.float64)
 
 
 def _allowed_bits(metadata: SamplingMetadata, vocab_size: int) -> torch.Tensor:  # [num_reqs, num_words] int32

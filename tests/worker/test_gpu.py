@@ -156,14 +156,16 @@ def test_more_rows_than_the_largest_bucket_are_computed_eagerly(monkeypatch: pyt
     assert loop.runner.model.steps == [6, 3] and capture.replayed == []
 
 
-def test_without_a_capture_and_for_a_network_that_cannot_be_captured_all_is_eager():
-    for capture, model in ((None, Toy()), (Repeats(), Toy())):
-        model.can_be_captured = capture is None  # type: ignore[assignment]
-        loop = Loop(model, max_num_seqs=8)
-        path = put_on_gpu_path(loop.runner, capture)
-        assert path.graphs == {} and model.steps == []
-        loop.add("a", [4, 5], max_tokens=4)
-        assert len(loop.run()["a"].token_ids) == 4
+@pytest.mark.parametrize("why", ["enforce_eager", "a network that looks at values", "impl reference"])
+def test_without_graphs_all_is_eager(why: str):
+    model = Toy()
+    model.can_be_captured = why != "a network that looks at values"  # type: ignore[assignment]
+    loop = Loop(model, max_num_seqs=8)
+    capture = None if why == "enforce_eager" else Repeats()
+    path = put_on_gpu_path(loop.runner, capture, impl="reference" if why == "impl reference" else "auto")
+    assert path.graphs == {} and model.steps == []
+    loop.add("a", [4, 5], max_tokens=4)
+    assert len(loop.run()["a"].token_ids) == 4 == len(model.steps)
 
 
 def test_a_replay_reads_the_buffers_and_nothing_of_its_step():
