@@ -444,14 +444,6 @@ def test_a_device_that_is_not_there_is_refused(
     assert caught.value.parameter == parameter
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "", None, 0])
-def test_a_device_that_is_no_name_is_refused(name: Any):
-    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:NUMBER"):
-        DeviceConfig(name)
-    with pytest.raises(ConfigError, match="enforce_eager must be true or false"):
-        DeviceConfig("auto", name if name is not None else 1)
-
-
 def test_a_missing_gpu_is_said_before_a_model_is_looked_for(monkeypatch: pytest.MonkeyPatch):
     with_gpus(monkeypatch, 0)
     with pytest.raises(ConfigError, match="device cuda:1 is not here"):
