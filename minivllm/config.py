@@ -4,7 +4,8 @@
     ├── ModelConfig       what the checkpoint says: widths, context, dtype
     ├── CacheConfig       the pool of key/value blocks
     ├── SchedulerConfig   how much work goes into one step
-    └── SpeculativeConfig who guesses tokens ahead, or None
+    ├── SpeculativeConfig who guesses tokens ahead, or None
+    └── DeviceConfig      on which device
     ParallelConfig        over how many devices: one
 
 Nothing is changed after construction. The records know no torch and read no file: engine/llm_engine.py
@@ -13,6 +14,7 @@ fills them from the model, cli/ and llm.py from the user. Twin in vLLM: vllm/con
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ DTYPES = ("float32", "bfloat16")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 GENERATION_CONFIGS = ("auto", "vllm")  # the model's own sampling defaults, or none
 SPECULATIVE_METHODS = ("ngram", "draft_model")
+DEFAULT_CPU_SHARE, DEFAULT_GPU_SHARE = 0.25, 0.92  # gpu_memory_utilization: a GPU is nobody else's
 DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is asked for, not stumbled into
 
 
@@ -68,7 +71,7 @@ class CacheConfig:
     on a CPU, of the RAM). reserved_memory_bytes of that share belong to others: a second model in this process."""
 
     block_size: int = 16  # tokens per block
-    gpu_memory_utilization: float = 0.25
+    gpu_memory_utilization: float = DEFAULT_CPU_SHARE
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
     enable_prefix_caching: bool = True
@@ -220,6 +223,24 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """Where a model is computed; worker/gpu.py finds out whether it is there."""
+
+    device: str = "auto"  # "auto", "cpu", "cuda" (the first GPU), "cuda:1"
+    enforce_eager: bool = False  # no CUDA graphs: slower steps, a faster start; a CPU has none
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise ConfigError(
+                f"device must be auto, cpu, cuda or cuda:NUMBER, got {show(self.device)}.", parameter="device"
+            )
+        if not isinstance(self.enforce_eager, bool):
+            raise ConfigError(
+                f"enforce_eager must be true or false, got {show(self.enforce_eager)}.", parameter="enforce_eager"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """All of it. `batch_invariant` makes a request's logits independent of whatever else runs, bit for bit."""
 
@@ -228,6 +249,7 @@ class EngineConfig:
     scheduler: SchedulerConfig
     batch_invariant: bool = False
     seed: int = 0
+    device: DeviceConfig = DeviceConfig()
     speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 from minivllm.config import (
     DEFAULT_MAX_MODEL_LEN,
     CacheConfig,
+    DeviceConfig,
     EngineConfig,
     ModelConfig,
     ParallelConfig,
@@ -232,6 +233,27 @@ def test_more_context_than_the_model_was_made_for_is_refused(requested: Any, lim
 def test_a_context_that_is_no_count_is_refused(junk: Any, limit: Any):
     with pytest.raises(ConfigError, match="max_model_len must be an integer in"):
         choose_max_model_len(junk, limit)
+
+
+# ------------------------------------------------------------------ the device
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_names_of_devices(name: str):
+    assert DeviceConfig(name, True) == DeviceConfig(device=name, enforce_eager=True)
+    assert EngineConfig(model_config(), CacheConfig(), SchedulerConfig()).device == DeviceConfig("auto", False)
+
+
+@pytest.mark.parametrize("junk", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1 ", "cuda:1\n", "cpu:0", "CPU", "", 0])
+def test_what_is_no_device_is_refused(junk: Any):
+    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:NUMBER, got ") as caught:
+        DeviceConfig(junk)
+    assert caught.value.parameter == "device"
+
+
+@pytest.mark.parametrize("junk", ["true", 0, 1, None])
+def test_enforce_eager_is_yes_or_no(junk: Any):
+    with pytest.raises(ConfigError, match="enforce_eager must be true or false, got ") as caught:
+        DeviceConfig("cpu", junk)
+    assert caught.value.parameter == "enforce_eager"
 
 
 # ------------------------------------------------------------------ what is not built

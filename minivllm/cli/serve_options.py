@@ -201,6 +201,7 @@ PolicyOption = Annotated[
 ]
 
 # ------------------------------------------------------------------ devices
+EagerOption = Annotated[bool, typer.Option("--enforce-eager", help="On a GPU: no CUDA graphs.", rich_help_panel=ENGINE)]
 TensorParallelOption = Annotated[
     int,
     typer.Option(
@@ -236,7 +237,6 @@ SwapSpaceOption = Annotated[
 ToolChoiceOption = Annotated[
     bool, typer.Option("--enable-auto-tool-choice", help="It always is.", rich_help_panel=NO_EFFECT)
 ]
-EagerOption = Annotated[bool, typer.Option("--enforce-eager", help="It always is.", rich_help_panel=NO_EFFECT)]
 TrustCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Code of a model folder never runs.", rich_help_panel=NO_EFFECT)
 ]

@@ -22,7 +22,10 @@ from typing import Any
 import torch
 
 from minivllm.config import (
+    DEFAULT_CPU_SHARE,
+    DEFAULT_GPU_SHARE,
     CacheConfig,
+    DeviceConfig,
     EngineConfig,
     ModelConfig,
     ParallelConfig,
@@ -57,6 +60,7 @@ from minivllm.outputs import (
 from minivllm.sampling_params import SamplingParams
 from minivllm.structured_output.manager import StructuredOutputManager
 from minivllm.worker.executor import Executor
+from minivllm.worker.gpu import MemorySnapshot, choose_device
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
 
 AnyOutput = RequestOutput | EmbeddingRequestOutput
@@ -257,13 +261,15 @@ class LLMEngine:
         max_num_batched_tokens: int = 1024,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
-        gpu_memory_utilization: float = 0.25,
+        gpu_memory_utilization: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         num_gpu_blocks_override: int | None = None,
         scheduling_policy: str = "fcfs",
         long_prefill_token_threshold: int = 0,
         batch_invariant: bool = False,
         impl: str = "auto",
+        device: str = "auto",
+        enforce_eager: bool = False,
         speculative_config: dict[str, Any] | None = None,
         tensor_parallel_size: int = 1,
         quantization: str | None = None,
@@ -285,6 +291,11 @@ class LLMEngine:
         if impl not in IMPLS:
             raise ConfigError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.", parameter="impl")
         check_generation_config(generation_config)
+        device_config = DeviceConfig(device, enforce_eager)
+        torch_device = choose_device(device, impl)
+        on_gpu = torch_device.type == "cuda"
+        if gpu_memory_utilization is None:
+            gpu_memory_utilization = DEFAULT_GPU_SHARE if on_gpu else DEFAULT_CPU_SHARE
         template = None if chat_template is None else read_chat_template(chat_template)
         cache_config = CacheConfig(
             block_size=block_size,
@@ -294,7 +305,9 @@ class LLMEngine:
             enable_prefix_caching=enable_prefix_caching,
             reserved_memory_bytes=reserved_memory_bytes,
         )
-        facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress)
+        facts = read_model_facts(
+            model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress, on_gpu=on_gpu
+        )
         check_quantization(quantization, facts.source.kind == "gguf")
         model_config = facts.model_config
         is_encoder = model_config.is_encoder
@@ -310,7 +323,9 @@ class LLMEngine:
             long_prefill_token_threshold=long_prefill_token_threshold,
             policy=scheduling_policy,
         )
-        config = EngineConfig(model_config, cache_config, scheduler_config, batch_invariant, seed, speculative)
+        config = EngineConfig(
+            model_config, cache_config, scheduler_config, batch_invariant, seed, device_config, speculative
+        )
         draft_facts = read_draft_facts(speculative, model_config, show_progress=show_progress)
         text_source = facts.source if tokenizer is None else resolve_model(tokenizer, show_progress=show_progress)
         loaded_tokenizer = load_tokenizer(text_source, chat_template=template)
@@ -318,7 +333,8 @@ class LLMEngine:
         generation = loader.load_generation_config(facts.source)
         if generation_config == "vllm":  # what ends an answer is no default
             generation = {name: value for name, value in generation.items() if name == "eos_token_id"}
-        model_options = ModelOptions(facts.dtype, batch_invariant, impl)
+        before = MemorySnapshot.of(torch_device) if on_gpu else None
+        model_options = ModelOptions(facts.dtype, batch_invariant, impl, torch_device)
         draft_model = None
         if draft_facts is not None:  # in the target's dtype: one arithmetic for both caches
             draft_model = loader.load_model(
@@ -333,6 +349,11 @@ class LLMEngine:
             batch_invariant=batch_invariant,
             poison=poison,
             draft_model=draft_model,
+            device=torch_device,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enforce_eager=enforce_eager,
+            impl=impl,
         )
         plan = plan_kv_cache(
             cache_config,
@@ -340,8 +361,9 @@ class LLMEngine:
             facts.dtype,
             executor.weight_bytes,
             max_num_seqs * model_config.max_model_len,
+            None if before is None else executor.measure_memory(before, block_size),
         )
-        executor.initialize_kv_cache(plan)
+        executor.initialize_kv_cache(plan, show_progress=show_progress)
         return cls(config, executor, loaded_tokenizer, plan, generation)
 
 
@@ -357,12 +379,17 @@ class ModelFacts:
 
 
 def read_model_facts(
-    model: str | Path | None, *, dtype: str = "auto", max_model_len: int | None = None, show_progress: bool = False
+    model: str | Path | None,
+    *,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    show_progress: bool = False,
+    on_gpu: bool = False,
 ) -> ModelFacts:
     """Find a model and read its configuration. Raises ModelNotFoundError, ConfigError."""
     source = resolve_model(model, show_progress=show_progress)
     hf_config = loader.load_hf_config(source)
-    torch_dtype = loader.resolve_dtype(dtype, hf_config, source)
+    torch_dtype = loader.resolve_dtype(dtype, hf_config, source, on_gpu=on_gpu)
     text_config = hf_config.get_text_config()
     is_encoder = registry.is_encoder(hf_config)
     sentence_config = read_sentence_config(source, is_encoder)

@@ -15,23 +15,19 @@ batches. Twin in vLLM: vllm/v1/spec_decode/draft_model.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from minivllm.worker.cpu import CPUPath
 from minivllm.worker.input_batch import InputBatch, RequestState
-from minivllm.worker.kv_cache import KVCache
 
 
 class DraftModel:
     """Args:
-    model: a class of models/registry.py, of the target's vocabulary.
-    kv_caches: of the target's number of blocks and block size.
+    path: a model of the target's vocabulary with a cache of the target's number of blocks, on the target's device.
     """
 
-    def __init__(self, model: torch.nn.Module, kv_caches: KVCache, block_size: int, *, batch_invariant: bool = False):
-        self.model: Any = model
-        self.kv_caches = kv_caches
+    def __init__(self, path: CPUPath, block_size: int, *, batch_invariant: bool = False):
+        self.path = path
         self.block_size = block_size
         self.batch_invariant = batch_invariant
 
@@ -48,7 +44,7 @@ class DraftModel:
             guessing = [index for index, state in enumerate(states) if position < len(state.draft_token_ids)]
             states = [states[index] for index in guessing]
             if states:
-                logits = self.model.compute_logits(hidden_states[last_rows[guessing]])  # [num_reqs, vocab_size]
+                logits = self.path.model.compute_logits(hidden_states[last_rows[guessing]])  # [num_reqs, vocab_size]
                 self._write(states, position, logits.argmax(dim=1).tolist())
             starts = [state.num_tokens + position for state in states]
             counts = [1] * len(states)
@@ -57,8 +53,7 @@ class DraftModel:
         batch = InputBatch.build(
             states, counts, self.block_size, num_computed_tokens=starts, batch_invariant=self.batch_invariant
         )
-        hidden_states: torch.Tensor = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attention)
-        return hidden_states  # [num_tokens, hidden_size]
+        return self.path.forward(self.path.prepare(batch))  # [num_tokens, hidden_size]
 
     def _write(self, states: list[RequestState], position: int, token_ids: list[int]) -> None:
         """Put one draft of each request where its batch will look for it and where it will be verified."""

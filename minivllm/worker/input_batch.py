@@ -13,7 +13,8 @@
 A request that draws owns 1 + its drafts rows of the logits: those of its newest token and of each draft behind it.
 
 There is no padding between requests and no prefill or decode part: a request with 40 tokens and one with a single
-token are neighbours. query_start_loc and seq_lens stay on the host, because the loops that use them run there.
+token are neighbours. query_start_loc and seq_lens stay on the host, because the loops that use them run there; gpu.py
+copies all of it into buffers of its own, query_start_loc and seq_lens as int32 (StepTensors).
 
 Knows no model and no sampler. Built by model_runner.py. Twin in vLLM: vllm/v1/worker/gpu_input_batch.py.
 """

@@ -2,12 +2,14 @@
 
     1 update states       forget, learn and extend requests
       drafts              where a draft model guesses them
-    2 InputBatch          flat tensors
+    2 InputBatch          flat tensors, brought to the device
     3 forward             hidden states of every scheduled token
     4 prompt logprobs     for those who asked
     5 grammar bitmask     asked for by a call, only now: nobody needs it before
     6 logits, sampler     only for requests whose last token was computed; behind a draft that was drawn, the next row
     7 pooling             for embedding requests
+
+How a device prepares, computes and samples is the business of its path: cpu.py, gpu.py.
 
 Knows no queue, no text and no client. Called by executor.py. Twin in vLLM: vllm/v1/worker/gpu_model_runner.py.
 """
@@ -25,8 +27,9 @@ import torch
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from minivllm.sample.logprobs import prompt_logprobs
 from minivllm.sample.metadata import SamplingMetadata
-from minivllm.sample.sampler import SamplerOutput, sample
+from minivllm.sample.sampler import SamplerOutput
 from minivllm.worker import pooling
+from minivllm.worker.cpu import CPUPath
 from minivllm.worker.draft_model import DraftModel
 from minivllm.worker.input_batch import InputBatch, RequestState
 from minivllm.worker.kv_cache import KVCache, poison_blocks
@@ -41,6 +44,10 @@ PROMPT_LOGPROBS_ROWS = 64  # logits of this many prompt rows at a time: 64 x 152
 
 
 class ModelRunner:
+    """Args:
+    path: how this device computes a step; None: as a CPU does.
+    """
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -52,9 +59,11 @@ class ModelRunner:
         batch_invariant: bool = False,
         causal: bool = True,
         poison: bool = False,
+        path: CPUPath | None = None,
         draft_model: DraftModel | None = None,
     ):
         self.model: Any = model  # a class of models/registry.py
+        self.path = path or CPUPath(model, kv_caches)
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -86,7 +95,8 @@ class ModelRunner:
             causal=self.causal,
             batch_invariant=self.batch_invariant,
         )
-        hidden_states = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attention)
+        batch = self.path.prepare(batch)
+        hidden_states = self.path.forward(batch)
         for state, rows in self._rows_of(batch, hidden_states):
             if state.num_prompt_logprobs is not None:
                 self._prompt_logprobs(state, rows, result)
@@ -111,7 +121,7 @@ class ModelRunner:
         if self.poison and self.kv_caches and block_ids:
             poison_blocks(self.kv_caches, block_ids)
             if self.draft_model is not None:
-                poison_blocks(self.draft_model.kv_caches, block_ids)
+                poison_blocks(self.draft_model.path.kv_caches, block_ids)
 
     def _rows_of(
         self,
@@ -152,7 +162,7 @@ class ModelRunner:
                 drawn_so_far = {s.request_id: result.sampled_token_ids.get(s.request_id, []) for s in states}
                 bitmask = self._bitmask_rows(states, grammar_bitmask(drawn_so_far))
             metadata = SamplingMetadata.from_requests([s.row for s in states if s.row is not None], bitmask)
-            drawn = sample(logits if len(rows) == len(logits) else logits[rows], metadata)
+            drawn = self.path.sample(logits if len(rows) == len(logits) else logits[rows], metadata)
             drawing = [i for position, i in enumerate(drawing) if self._take(states[position], drawn, position, result)]
             num_drawn += 1
 

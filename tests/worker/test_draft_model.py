@@ -52,7 +52,7 @@ def test_a_model_and_its_own_copy_hold_the_same_bits_in_every_slot(
 def assert_same_bits(engine: LLMEngine) -> None:
     runner = engine._executor._runner
     assert runner is not None and runner.draft_model is not None
-    for target, draft in zip(runner.kv_caches, runner.draft_model.kv_caches, strict=True):
+    for target, draft in zip(runner.kv_caches, runner.draft_model.path.kv_caches, strict=True):
         for ours, copy in zip(target, draft, strict=True):
             assert ((ours == copy) | (ours.isnan() & copy.isnan())).all()
             assert torch.isfinite(ours).any()
