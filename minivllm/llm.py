@@ -48,7 +48,7 @@ class LLM:
         scheduling_policy: "fcfs", or "priority" (a lower number runs first).
         batch_invariant: logits do not depend on what else runs, bit for bit. Slower.
         impl: of the kernels: "auto" is the fastest one here; "reference", "cpu", "triton" are for comparisons.
-        speculative_config: guess tokens ahead; changes speed only. {"method": "ngram", "num_speculative_tokens": 6}, or
+        speculative_config: guess tokens ahead, to be faster: {"method": "ngram", "num_speculative_tokens": 6}, or
             {"method": "draft_model", "model": "a smaller one", ...}; all fields: config.SpeculativeConfig.
         tensor_parallel_size: must be 1; one engine computes on one device.
         quantization: None, or "gguf" for a .gguf file.
