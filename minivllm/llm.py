@@ -51,7 +51,7 @@ class LLM:
         impl: of the kernels: "auto" is the fastest one here; "reference", "cpu", "triton" are for comparisons.
         device: "cpu", "cuda" (the first GPU), "cuda:1", or "auto": a GPU where there is one.
         enforce_eager: on a GPU, no CUDA graphs: slower steps, a faster start.
-        speculative_config: guess tokens ahead; changes speed only. {"method": "ngram", "num_speculative_tokens": 6}, or
+        speculative_config: guess tokens ahead, to be faster: {"method": "ngram", "num_speculative_tokens": 6}, or
             {"method": "draft_model", "model": "a smaller one", ...}; all fields: config.SpeculativeConfig.
         tensor_parallel_size: must be 1; one engine computes on one device.
         quantization: None, or "gguf" for a .gguf file.

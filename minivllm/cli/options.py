@@ -88,7 +88,7 @@ SpeculativeOption = Annotated[
     str | None,
     typer.Option(
         metavar="JSON",
-        help='Guess tokens ahead, e.g. {"method": "ngram", "num_speculative_tokens": 6}; changes speed only.',
+        help='Guess tokens ahead, e.g. {"method": "ngram", "num_speculative_tokens": 6}.',
         rich_help_panel=ENGINE,
     ),
 ]
