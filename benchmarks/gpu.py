@@ -1,9 +1,12 @@
-"""What the kernels reach on a GPU: python benchmarks/gpu.py [--json FILE]
+"""What kernels and engine reach on a GPU: python benchmarks/gpu.py [--model MODEL] [--json FILE]
 
 Two tables, all of bfloat16 with the heads of Llama-3-8B (32 query heads, 8 KV heads of 128) and blocks of 16:
 
     decode attention         microseconds, GB/s of keys and values, their fraction of what a copy reaches on this GPU
     attention of one layer   tokens per second, by our kernel, by torch's SDPA and by eager torch
+
+and with --model a third one, of the whole engine: output tokens per second with CUDA graphs and with enforce_eager, one
+after the other in turns, and their ratio.
 
 Torch's two get keys and values that lie together already; ours reads them through a block table. Times are the median
 of many runs by the GPU's own clock, each with a cold cache. `--rehearse` runs it small on a CPU in Triton's interpreter
@@ -13,6 +16,7 @@ of many runs by the GPU's own clock, each with a cold cache. `--rehearse` runs i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -29,6 +33,7 @@ SCALE = HEAD_SIZE**-0.5
 DECODES = [(1, 1024), (1, 8192), (1, 32768), (8, 8192), (64, 1024), (64, 8192)]  # requests, context in tokens
 PREFILLS = [(1, 512), (1, 2048), (1, 8192)]  # requests, prompt in tokens
 NUM_RUNS, NUM_WARM_UPS = 50, 5
+ENGINE_REQUESTS, ENGINE_TOKENS, ENGINE_ROUNDS = (1, 8, 32), 256, 3  # greedy, prompts of 64 tokens
 CACHE_BYTES = 256 * 2**20  # more than the cache of any GPU
 
 
@@ -153,6 +158,33 @@ def comparison_row(timer: Timer, num_reqs: int, num_rows: int, seq_len: int) -> 
     return {"requests": num_reqs, "rows": num_rows, "context": seq_len, **rates, "largest_difference": off / largest}
 
 
+def engine_rows(model: str, device: str, num_reqs: tuple[int, ...], num_tokens: int) -> list[dict[str, Any]]:
+    """The third table: medians of ENGINE_ROUNDS rounds."""
+    from minivllm import LLM, SamplingParams
+
+    ways = {"graphs": False, "eager": True}
+    engines = {
+        name: LLM(
+            model, device=device, enforce_eager=enforce_eager, max_num_seqs=max(num_reqs), num_gpu_blocks_override=4096
+        )
+        for name, enforce_eager in ways.items()
+    }
+    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    rows = []
+    for count in num_reqs:
+        prompts = [{"prompt_token_ids": [(7 * r + i) % 100 for i in range(64)]} for r in range(count)]
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _, (name, llm) in itertools.product(range(1 + ENGINE_ROUNDS), engines.items()):
+            start = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            rates[name].append(count * num_tokens / (time.perf_counter() - start))
+        graphs, eager = (statistics.median(rates[name][1:]) for name in ways)  # the first round compiles
+        rows.append(
+            {"requests": count, "graphs_tokens_per_s": graphs, "eager_tokens_per_s": eager, "ratio": graphs / eager}
+        )
+    return rows
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Plain text, numbers to four digits."""
     cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
@@ -161,8 +193,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Runs and prints both tables."""
+    """Runs and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder or .gguf file, for the table of the engine")
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     parser.add_argument("--rehearse", action="store_true", help="small, on a CPU, in Triton's interpreter")
     arguments = parser.parse_args()
@@ -182,6 +215,10 @@ def main() -> None:
     }
     print(f"{result['device']}, a copy moves {result['copy_gb_per_s']:.0f} GB/s\n\ndecode attention")
     print(f"{table(result['decode'])}\n\nattention of one layer\n{table(result['comparison'])}")
+    if arguments.model is not None:
+        sizes = ((1, 2), 3) if arguments.rehearse else (ENGINE_REQUESTS, ENGINE_TOKENS)
+        result["engine"] = engine_rows(arguments.model, timer.device, *sizes)
+        print(f"\nthe engine, {arguments.model}\n{table(result['engine'])}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

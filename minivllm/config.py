@@ -3,7 +3,9 @@
     EngineConfig
     ├── ModelConfig       what the checkpoint says: widths, context, dtype
     ├── CacheConfig       the pool of key/value blocks
-    └── SchedulerConfig   how much work goes into one step
+    ├── SchedulerConfig   how much work goes into one step
+    ├── SpeculativeConfig who guesses tokens ahead, or None
+    └── DeviceConfig      on which device
     ParallelConfig        over how many devices: one
 
 Nothing is changed after construction. The records know no torch and read no file: engine/llm_engine.py
@@ -12,7 +14,9 @@ fills them from the model, cli/ and llm.py from the user. Twin in vLLM: vllm/con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from minivllm.errors import ConfigError, show
@@ -20,17 +24,21 @@ from minivllm.errors import ConfigError, show
 DTYPES = ("float32", "bfloat16")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 GENERATION_CONFIGS = ("auto", "vllm")  # the model's own sampling defaults, or none
+SPECULATIVE_METHODS = ("ngram", "draft_model")
+DEFAULT_CPU_SHARE, DEFAULT_GPU_SHARE = 0.25, 0.92  # gpu_memory_utilization: a GPU is nobody else's
 DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is asked for, not stumbled into
 
 
 def _check_int(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be an integer in [{low}, {high}], got {show(value)}.", parameter=name)
+        message = f"{name} must be an integer in [{low}, {high}], got {show(value)}."
+        raise ConfigError(message, parameter=name.partition(".")[0])
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {show(value)}.", parameter=name)
+        message = f"{name} must be one of {', '.join(choices)}, got {show(value)}."
+        raise ConfigError(message, parameter=name.partition(".")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +71,7 @@ class CacheConfig:
     on a CPU, of the RAM). reserved_memory_bytes of that share belong to others: a second model in this process."""
 
     block_size: int = 16  # tokens per block
-    gpu_memory_utilization: float = 0.25
+    gpu_memory_utilization: float = DEFAULT_CPU_SHARE
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
     enable_prefix_caching: bool = True
@@ -111,6 +119,89 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """Who guesses the next tokens, how many at once, and when it is not worth it. vLLM's names.
+
+    The two limits are for a CPU, where weights are read once for all rows of a step: eight rows cost 477-700 us in a
+    matrix that costs 585 us for one, so drafts of one request are nearly free, while five requests fill those rows
+    themselves. And a draft that is right less than one time in four pays for less than its own drawing.
+    """
+
+    method: str
+    num_speculative_tokens: int  # drafts of one request in one step
+    prompt_lookup_max: int | None = None  # ngram: longest run of tokens that is looked for; None = 4
+    prompt_lookup_min: int | None = None  # ngram: shortest; None = 2, or prompt_lookup_max where that is 1
+    model: str | Path | None = None  # draft_model: a folder, a .gguf file or an id; same vocabulary
+    disable_by_batch_size: int = 4  # more running requests than this: no drafts
+    min_acceptance_rate: float = 0.25  # of a request's recent drafts; below it they pause
+
+    def __post_init__(self) -> None:
+        _check_choice("speculative_config.method", self.method, SPECULATIVE_METHODS)
+        _check_int("speculative_config.num_speculative_tokens", self.num_speculative_tokens, 1, 128)
+        _check_int("speculative_config.disable_by_batch_size", self.disable_by_batch_size, 1)
+        rate = self.min_acceptance_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
+            raise ConfigError(
+                f"speculative_config.min_acceptance_rate must be a share in [0, 1], got {show(rate)}.",
+                parameter="speculative_config",
+            )
+        lookup = {"prompt_lookup_max": self.prompt_lookup_max, "prompt_lookup_min": self.prompt_lookup_min}
+        for name, value in lookup.items():
+            if value is not None:
+                self._check_belongs(name, "ngram")
+                _check_int(f"speculative_config.{name}", value, 1, 64)
+        if self.shortest_lookup > self.longest_lookup:
+            raise ConfigError(
+                f"speculative_config.prompt_lookup_min must be at most prompt_lookup_max ({self.longest_lookup}), got "
+                f"{self.shortest_lookup}.",
+                parameter="speculative_config",
+            )
+        if self.model is not None:
+            self._check_belongs("model", "draft_model")
+        if self.method == "draft_model" and not isinstance(self.model, str | Path):
+            raise ConfigError(
+                'speculative_config.model must name a model for method "draft_model", a smaller one of the same '
+                f"vocabulary, got {show(self.model)}.",
+                parameter="speculative_config",
+            )
+
+    def _check_belongs(self, name: str, method: str) -> None:
+        if self.method != method:
+            raise ConfigError(
+                f'speculative_config.{name} belongs to method "{method}" and must be left out with "{self.method}".',
+                parameter="speculative_config",
+            )
+
+    @property
+    def longest_lookup(self) -> int:
+        return self.prompt_lookup_max or max(4, self.prompt_lookup_min or 0)
+
+    @property
+    def shortest_lookup(self) -> int:
+        return self.prompt_lookup_min or min(2, self.longest_lookup)
+
+    @classmethod
+    def from_dict(cls, given: Any) -> SpeculativeConfig | None:
+        """From what LLM(speculative_config=...) and --speculative-config take; None stays None.
+
+        Raises ConfigError for what is no dict, for a field that is unknown or missing, and for a wrong value.
+        """
+        if given is None:
+            return None
+        known = [field.name for field in fields(cls)]
+        problem = ""
+        if not isinstance(given, dict):
+            problem = f"speculative_config must be a dict, got {show(given)}."
+        elif unknown := [name for name in given if name not in known]:
+            problem = f"speculative_config has no field {show(unknown[0])}; it has {', '.join(known)}."
+        elif missing := [name for name in known[:2] if name not in given]:
+            problem = f"speculative_config.{missing[0]} is missing."
+        if problem:
+            raise ConfigError(problem, parameter="speculative_config")
+        return cls(**given)
+
+
+@dataclass(frozen=True, slots=True)
 class ParallelConfig:
     """Over how many devices a model is spread. More than one is not built: better said than ignored."""
 
@@ -132,6 +223,24 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """Where a model is computed; worker/gpu.py finds out whether it is there."""
+
+    device: str = "auto"  # "auto", "cpu", "cuda" (the first GPU), "cuda:1"
+    enforce_eager: bool = False  # no CUDA graphs: slower steps, a faster start; a CPU has none
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise ConfigError(
+                f"device must be auto, cpu, cuda or cuda:NUMBER, got {show(self.device)}.", parameter="device"
+            )
+        if not isinstance(self.enforce_eager, bool):
+            raise ConfigError(
+                f"enforce_eager must be true or false, got {show(self.enforce_eager)}.", parameter="enforce_eager"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """All of it. `batch_invariant` makes a request's logits independent of whatever else runs, bit for bit."""
 
@@ -140,6 +249,8 @@ class EngineConfig:
     scheduler: SchedulerConfig
     batch_invariant: bool = False
     seed: int = 0
+    device: DeviceConfig = DeviceConfig()
+    speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)

@@ -39,16 +39,20 @@ class LLM:
     Args:
         model: a folder with safetensors, a .gguf file, a Hugging Face id, or None for SmolLM2-135M-Instruct.
         tokenizer: another folder or .gguf file to take the tokenizer from.
-        dtype: "float32", "bfloat16", or "auto": what the checkpoint says, as far as this CPU can compute it.
+        dtype: "float32", "bfloat16", or "auto": what the checkpoint says, as far as the device can compute it.
         max_model_len: tokens of prompt and output together; None = the model's own, at most 8192.
         block_size: tokens per block of the key/value cache.
         max_num_seqs, max_num_batched_tokens: requests and tokens in one step.
-        gpu_memory_utilization: share of the device's memory (on a CPU, of the RAM) for weights and cache together.
+        gpu_memory_utilization: share of the device's memory (on a CPU, of the RAM) for weights and cache together;
+            None = 0.92 of a GPU, 0.25 of the RAM.
         kv_cache_memory_bytes, num_gpu_blocks_override: the cache's size, said directly.
         scheduling_policy: "fcfs", or "priority" (a lower number runs first).
         batch_invariant: logits do not depend on what else runs, bit for bit. Slower.
         impl: of the kernels: "auto" is the fastest one here; "reference", "cpu", "triton" are for comparisons.
-        speculative_config: must be None; speculative decoding is not built yet.
+        device: "cpu", "cuda" (the first GPU), "cuda:1", or "auto": a GPU where there is one.
+        enforce_eager: on a GPU, no CUDA graphs: slower steps, a faster start.
+        speculative_config: guess tokens ahead, to be faster: {"method": "ngram", "num_speculative_tokens": 6}, or
+            {"method": "draft_model", "model": "a smaller one", ...}; all fields: config.SpeculativeConfig.
         tensor_parallel_size: must be 1; one engine computes on one device.
         quantization: None, or "gguf" for a .gguf file.
         generation_config: "auto": sampling defaults are the model's own; "vllm": they are SamplingParams'.
@@ -72,7 +76,7 @@ class LLM:
         max_num_batched_tokens: int = 1024,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
-        gpu_memory_utilization: float = 0.25,
+        gpu_memory_utilization: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         num_gpu_blocks_override: int | None = None,
         scheduling_policy: str = "fcfs",
@@ -88,6 +92,8 @@ class LLM:
         *,
         show_progress: bool = False,
         reserved_memory_bytes: int = 0,
+        device: str = "auto",
+        enforce_eager: bool = False,
     ):
         self.llm_engine = LLMEngine.from_model(
             model,
@@ -106,6 +112,8 @@ class LLM:
             long_prefill_token_threshold=long_prefill_token_threshold,
             batch_invariant=batch_invariant,
             impl=impl,
+            device=device,
+            enforce_eager=enforce_eager,
             speculative_config=speculative_config,
             tensor_parallel_size=tensor_parallel_size,
             quantization=quantization,

@@ -41,6 +41,9 @@ class CachedRequestData:
     new_token_ids: list[int] = field(default_factory=list)  # that it has not drawn itself
 
 
+PROMISED_DRAFT = -1  # a draft whose token id the worker's draft model has yet to write
+
+
 class Decision(NamedTuple):
     """One choice of the scheduler. The sentence is only formed when somebody reads `reason`."""
 
@@ -58,6 +61,8 @@ DECISION_REASONS = {
     "decode": "runs on: its newest token is computed and the next one drawn",
     "forced": "runs on: its newest token and the {0} behind it that its grammar leaves no choice about are computed "
     "together, and the next one drawn",
+    "verify": "runs on: its {0} missing token(s) and {1} draft(s) behind them are computed together, and the drafts "
+    "that would have been drawn anyway are kept",
     "prefill": "admitted or continued: the rest of its tokens ({0}, after {1} already in the cache) "
     "fits this step's budget",
     "chunk": "computes {0} of {1} missing tokens; {2}",
@@ -86,6 +91,8 @@ class SchedulerOutput:
     preempted_req_ids: list[str]
     finished_req_ids: list[str]  # since the last step; the worker forgets them
     decisions: list[Decision]
+    # Drafts behind the newest token of a request, counted in num_scheduled_tokens. PROMISED_DRAFT: the worker fills in.
+    draft_token_ids: dict[str, list[int]] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------ worker -> scheduler
@@ -113,7 +120,10 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class ModelRunnerOutput:
-    """What one step produced. A request that sampled nothing (a prefill chunk) is absent from the dicts."""
+    """What one step produced. A request that sampled nothing (a prefill chunk) is absent from the dicts.
+
+    A request with drafts samples one token more than it accepts drafts: 1 to 1 + len(drafts) of them.
+    """
 
     sampled_token_ids: dict[str, list[int]]
     logprobs: dict[str, list[TokenLogprobs]]  # one entry per sampled token, for requests that asked

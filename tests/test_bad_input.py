@@ -527,7 +527,10 @@ BAD_SETTINGS: list[tuple[str, Any]] = [
     *[("scheduling_policy", value) for value in ("lifo", "", None, [])],
     *[("long_prefill_token_threshold", value) for value in (-1, 1.5)],
     *[("seed", value) for value in (2**63, 1.5, "7", None)],
-    ("speculative_config", {"method": "ngram"}),
+    *[("speculative_config", value) for value in ({"method": "ngram"}, {}, [], "ngram", 5, {"method": HUGE})],
+    ("speculative_config", {"method": "draft_model", "num_speculative_tokens": 2}),
+    ("speculative_config", {"method": "ngram", "num_speculative_tokens": HUGE}),
+    ("speculative_config", {"method": "ngram", "num_speculative_tokens": 2, HUGE: 1}),
 ]
 
 

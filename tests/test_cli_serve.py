@@ -20,6 +20,7 @@ import pytest
 
 from minivllm import LLM, AsyncEngine, ConfigError, InvalidRequestError
 from minivllm.cli.ready import announce, curl_example, key_variable, sdk_example
+from minivllm.config import DeviceConfig
 from minivllm.entrypoints.server import make_server
 from minivllm.entrypoints.service import ServerConfig, Service
 from tests.command import Run
@@ -229,8 +230,14 @@ def test_the_examples_read_the_key_from_the_variable_that_has_it(monkeypatch: py
         (("--pipeline-parallel-size", "2"), 1, "pipeline_parallel_size must be 1, got 2"),
         (("--data-parallel-size", "2"), 1, "data_parallel_size must be 1, got 2"),
         (("-tp", "0"), 1, "tensor_parallel_size must be an integer in [1, "),
-        (("--speculative-config", '{"method": "ngram"}'), 1, "speculative decoding is not built yet"),
+        (("--speculative-config", '{"method": "ngram"}'), 1, "speculative_config.num_speculative_tokens is missing"),
+        (
+            ("--speculative-config", '{"method": "eagle", "num_speculative_tokens": 3}'),
+            1,
+            "ngram, draft_model, got 'eagle'",
+        ),
         (("--speculative-config", "ngram"), 2, "--speculative-config must be a JSON object or null, got 'ngram'"),
+        (("--device", "gpu"), 1, "device must be auto, cpu, cuda or cuda:NUMBER, got 'gpu'"),
         (("--max-logprobs", "21"), 1, "max_logprobs must be in [0, 20], got 21"),
         (("--tool-call-parser", "luck"), 1, "tool_call_parser must be one of auto, "),
         (("--reasoning-parser", "luck"), 1, "reasoning_parser must be one of "),
@@ -269,13 +276,12 @@ def test_what_the_model_decides_is_refused_before_the_weights_are_read(
 
 
 def test_what_asks_for_nothing_is_accepted_with_a_word(minivllm: Run):
-    flags = ("--enforce-eager", "--trust-remote-code", "--swap-space", "4", "--enable-auto-tool-choice")
+    flags = ("--trust-remote-code", "--swap-space", "4", "--enable-auto-tool-choice")
     result = minivllm("serve", "--print-config", *flags, "--disable-log-requests", "-tp", "1", "-q", "none")
     lines = result.err.splitlines()
     assert [line.split()[1] for line in lines] == [
         "--swap-space",
         "--enable-auto-tool-choice",
-        "--enforce-eager",
         "--trust-remote-code",
         "--disable-log-requests",
     ]
@@ -320,6 +326,19 @@ def test_one_device_and_no_quantisation_may_be_said(tiny_model: Callable[[str], 
     LLM(tiny_model("llama"), **SMALL, tensor_parallel_size=1, quantization="none")
     with pytest.raises(ConfigError, match="tensor_parallel_size must be 1, got 2"):
         LLM(tiny_model("llama"), **SMALL, tensor_parallel_size=2)
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_words(minivllm: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = minivllm("serve", "no/such-model", "--port", "0", "--device", "cuda:1")
+    assert (result.code, result.out) == (1, "") and "Traceback" not in result.err
+    assert "device cuda:1 is not here: this machine has no GPU that torch can use" in result.message
+
+
+def test_device_and_eager_steps_reach_the_engine(tiny_model: Callable[[str], Path]):
+    llm = LLM(tiny_model("llama"), **SMALL, device="cpu", enforce_eager=True)
+    assert llm.llm_engine.config.device == DeviceConfig("cpu", True)
+    assert LLM(tiny_model("llama"), **SMALL).llm_engine.config.cache.gpu_memory_utilization == 0.25
 
 
 def test_more_logprobs_than_the_server_gives_are_refused(tiny_model: Callable[[str], Path]):

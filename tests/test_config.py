@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import pytest
 from minivllm.config import (
     DEFAULT_MAX_MODEL_LEN,
     CacheConfig,
+    DeviceConfig,
     EngineConfig,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     check_generation_config,
     check_quantization,
     choose_max_model_len,
@@ -131,6 +134,67 @@ def test_without_chunks_the_budget_must_hold_the_longest_prompt():
     assert SchedulerConfig(max_model_len=100, max_num_batched_tokens=1).enable_chunked_prefill
 
 
+# ------------------------------------------------------------------ speculation
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
+DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 4, "model": "org/small"}
+
+
+@pytest.mark.parametrize(
+    ("given", "lengths"),
+    [
+        ({}, (2, 4)),
+        ({"prompt_lookup_max": 3}, (2, 3)),
+        ({"prompt_lookup_max": 1}, (1, 1)),
+        ({"prompt_lookup_min": 5}, (5, 5)),
+        ({"prompt_lookup_min": 1, "prompt_lookup_max": 6}, (1, 6)),
+    ],
+    ids=str,
+)
+def test_the_runs_that_are_looked_up(given: dict[str, Any], lengths: tuple[int, int]):
+    config = SpeculativeConfig.from_dict(NGRAM | given)
+    assert config is not None and (config.shortest_lookup, config.longest_lookup) == lengths
+
+
+def test_no_speculation_is_none_and_a_draft_model_is_a_name_or_a_path():
+    assert SpeculativeConfig.from_dict(None) is None
+    for model in ("org/small", Path("small.gguf")):
+        config = SpeculativeConfig.from_dict(DRAFT_MODEL | {"model": model})
+        assert config is not None and config.model == model and config.disable_by_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "must be a dict, got []"),
+        ("ngram", "must be a dict, got 'ngram'"),
+        ({}, "speculative_config.method is missing"),
+        ({"method": "ngram"}, "speculative_config.num_speculative_tokens is missing"),
+        (
+            NGRAM | {"speculative_disable": 3},
+            "has no field 'speculative_disable'; it has method, num_speculative_tokens",
+        ),
+        (NGRAM | {"method": "eagle"}, "speculative_config.method must be one of ngram, draft_model, got 'eagle'"),
+        (NGRAM | {"num_speculative_tokens": 0}, "must be an integer in [1, 128], got 0"),
+        (NGRAM | {"num_speculative_tokens": 129}, "must be an integer in [1, 128], got 129"),
+        (NGRAM | {"num_speculative_tokens": True}, "must be an integer in [1, 128], got True"),
+        (NGRAM | {"prompt_lookup_max": 0}, "prompt_lookup_max must be an integer in [1, 64], got 0"),
+        (NGRAM | {"prompt_lookup_max": 2, "prompt_lookup_min": 3}, "must be at most prompt_lookup_max (2), got 3"),
+        (NGRAM | {"model": "org/small"}, 'model belongs to method "draft_model" and must be left out with "ngram"'),
+        (NGRAM | {"disable_by_batch_size": 0}, "disable_by_batch_size must be an integer in [1, "),
+        (NGRAM | {"min_acceptance_rate": 1.5}, "min_acceptance_rate must be a share in [0, 1], got 1.5"),
+        (NGRAM | {"min_acceptance_rate": math.nan}, "min_acceptance_rate must be a share in [0, 1], got nan"),
+        (DRAFT_MODEL | {"model": None}, "must name a model"),
+        (DRAFT_MODEL | {"model": 5}, "must name a model"),
+        (DRAFT_MODEL | {"prompt_lookup_max": 3}, 'prompt_lookup_max belongs to method "ngram"'),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_wrong_field_of_speculation_is_refused_in_words(given: Any, message: str):
+    with pytest.raises(ConfigError) as caught:
+        SpeculativeConfig.from_dict(given)
+    assert message in str(caught.value) and caught.value.parameter == "speculative_config"
+
+
 @pytest.mark.parametrize("build", [model_config, cache_config, scheduler_config, engine_config])
 def test_nothing_is_changed_after_construction(build: Builder):
     record = build()
@@ -169,6 +233,27 @@ def test_more_context_than_the_model_was_made_for_is_refused(requested: Any, lim
 def test_a_context_that_is_no_count_is_refused(junk: Any, limit: Any):
     with pytest.raises(ConfigError, match="max_model_len must be an integer in"):
         choose_max_model_len(junk, limit)
+
+
+# ------------------------------------------------------------------ the device
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_names_of_devices(name: str):
+    assert DeviceConfig(name, True) == DeviceConfig(device=name, enforce_eager=True)
+    assert EngineConfig(model_config(), CacheConfig(), SchedulerConfig()).device == DeviceConfig("auto", False)
+
+
+@pytest.mark.parametrize("junk", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1 ", "cuda:1\n", "cpu:0", "CPU", "", 0])
+def test_what_is_no_device_is_refused(junk: Any):
+    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:NUMBER, got ") as caught:
+        DeviceConfig(junk)
+    assert caught.value.parameter == "device"
+
+
+@pytest.mark.parametrize("junk", ["true", 0, 1, None])
+def test_enforce_eager_is_yes_or_no(junk: Any):
+    with pytest.raises(ConfigError, match="enforce_eager must be true or false, got ") as caught:
+        DeviceConfig("cpu", junk)
+    assert caught.value.parameter == "enforce_eager"
 
 
 # ------------------------------------------------------------------ what is not built

@@ -219,13 +219,23 @@ class DecodeModel:
 
 
 def decode_model(
-    rows: list[Row], target: Target, batch: int, context: int, *, multiprocessors: int | None = None
+    rows: list[Row],
+    target: Target,
+    batch: int,
+    context: int,
+    *,
+    multiprocessors: int | None = None,
+    cut_for: int | None = None,
 ) -> DecodeModel:
-    """Llama-3-8B's layer, with the launch that split.py chooses for this GPU (or for so many multiprocessors)."""
+    """Llama-3-8B's layer, with the launch that split.py chooses for this GPU (or for so many multiprocessors).
+
+    cut_for: a longer context that the launch is cut for, as a CUDA graph's is; splits behind `context` end at once.
+    """
     from minivllm.kernels.paged_attention import builds
 
     heads = builds.Heads(32, 8, 128)
-    launch = builds.step_launch(heads, 1, batch, context, multiprocessors or target.multiprocessors)
+    launch = builds.step_launch(heads, 1, batch, cut_for or context, multiprocessors or target.multiprocessors)
+    launch = dataclasses.replace(launch, num_splits=-(-context // launch.split_len))
     workload = builds.step_workload(heads, 1, batch, context, launch)
     row = next(row for row in rows if row.target == target.arch and row.build == "decode 128")
     seconds = model_seconds(target, workload, row.programs_per_multiprocessor)

@@ -59,9 +59,11 @@ def chat(
     seed: options.SeedOption = None,
     stop: options.StopOption = None,
     dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
     max_model_len: options.MaxModelLenOption = None,
-    gpu_memory_utilization: options.UtilizationOption = 0.25,
+    gpu_memory_utilization: options.UtilizationOption = None,
     kv_cache_memory_bytes: options.CacheBytesOption = None,
+    speculative_config: options.SpeculativeOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Talk with a model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.

@@ -49,7 +49,7 @@ def plan(
     max_model_len: MaxModelLenOption = None,
     block_size: BlockSizeOption = 16,
     max_num_seqs: MaxNumSeqsOption = 64,
-    gpu_memory_utilization: UtilizationOption = 0.25,
+    gpu_memory_utilization: UtilizationOption = None,
     kv_cache_memory_bytes: CacheBytesOption = None,
     num_gpu_blocks_override: NumBlocksOption = None,
     dtype: DtypeOption = "auto",

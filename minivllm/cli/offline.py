@@ -37,10 +37,12 @@ def generate(
     seed: options.SeedOption = None,
     stop: options.StopOption = None,
     dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
     max_model_len: options.MaxModelLenOption = None,
-    gpu_memory_utilization: options.UtilizationOption = 0.25,
+    gpu_memory_utilization: options.UtilizationOption = None,
     kv_cache_memory_bytes: options.CacheBytesOption = None,
     batch_invariant: options.BatchInvariantOption = False,
+    speculative_config: options.SpeculativeOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue a text, as it is: no chat template. The answer appears as it is generated."""
@@ -63,8 +65,9 @@ def embed(
     texts: Annotated[list[str], typer.Argument(help="One vector is printed for each.")],
     model: options.ModelOption = None,
     dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
     max_model_len: options.MaxModelLenOption = None,
-    gpu_memory_utilization: options.UtilizationOption = 0.25,
+    gpu_memory_utilization: options.UtilizationOption = None,
     kv_cache_memory_bytes: options.CacheBytesOption = None,
     as_json: options.JsonOption = False,
 ) -> None:

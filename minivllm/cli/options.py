@@ -45,12 +45,21 @@ MaxBatchedTokensOption = Annotated[
         "--max-num-batched-tokens", metavar="TOKENS", help="Tokens computed in one step.", rich_help_panel=ENGINE
     ),
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda (the first GPU), cuda:1, or auto: a GPU where there is one.",
+        rich_help_panel=ENGINE,
+    ),
+]
 UtilizationOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--gpu-memory-utilization",
         metavar="SHARE",
-        help="Share of the device's memory (without a GPU: of the RAM) for weights and cache, in (0, 1].",
+        help="Share of the device's memory for weights and cache, in (0, 1]. Not given: 0.92 of a GPU; without one, "
+        "0.25 of the RAM.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -74,6 +83,14 @@ NumBlocksOption = Annotated[
 ]
 BatchInvariantOption = Annotated[
     bool, typer.Option("--batch-invariant", help="Same bits whatever else runs; slower.", rich_help_panel=ENGINE)
+]
+SpeculativeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='Guess tokens ahead, e.g. {"method": "ngram", "num_speculative_tokens": 6}.',
+        rich_help_panel=ENGINE,
+    ),
 ]
 SeedOption = Annotated[
     int | None, typer.Option(metavar="NUMBER", help="Makes sampling repeatable.", rich_help_panel=SAMPLING)

@@ -176,9 +176,6 @@ QuantizationOption = Annotated[
     str | None,
     typer.Option("--quantization", "-q", metavar="NAME", help="none, or gguf for a .gguf file.", rich_help_panel=MODEL),
 ]
-SpeculativeOption = Annotated[
-    str | None, typer.Option(metavar="JSON", help="JSON. Not built yet: refused, unless null.", rich_help_panel=MODEL)
-]
 ServeSeedOption = Annotated[
     int, typer.Option(metavar="NUMBER", help="Of requests that bring none.", rich_help_panel=MODEL)
 ]
@@ -204,6 +201,7 @@ PolicyOption = Annotated[
 ]
 
 # ------------------------------------------------------------------ devices
+EagerOption = Annotated[bool, typer.Option("--enforce-eager", help="On a GPU: no CUDA graphs.", rich_help_panel=ENGINE)]
 TensorParallelOption = Annotated[
     int,
     typer.Option(
@@ -239,7 +237,6 @@ SwapSpaceOption = Annotated[
 ToolChoiceOption = Annotated[
     bool, typer.Option("--enable-auto-tool-choice", help="It always is.", rich_help_panel=NO_EFFECT)
 ]
-EagerOption = Annotated[bool, typer.Option("--enforce-eager", help="It always is.", rich_help_panel=NO_EFFECT)]
 TrustCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Code of a model folder never runs.", rich_help_panel=NO_EFFECT)
 ]

@@ -16,8 +16,8 @@ import typer
 
 from minivllm.cli import options, ready, settings
 from minivllm.cli import serve_options as only
-from minivllm.cli.terminal import load, stderr
-from minivllm.config import ParallelConfig
+from minivllm.cli.terminal import load, speculative_config, stderr
+from minivllm.config import DeviceConfig, ParallelConfig, SpeculativeConfig
 from minivllm.errors import ConfigError
 
 # What serve hands on to ServerConfig: field -> option.
@@ -42,7 +42,6 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         "max_parallel_loading_workers": "deprecated: weights are read by one thread",
         "swap_space": "deprecated: a preempted request is computed again, not swapped",
         "enable_auto_tool_choice": "tools need no flag",
-        "enforce_eager": "every step is computed eagerly",
         "trust_remote_code": "code of a model folder never runs",
         "disable_log_requests": "deprecated: requests are not logged",
     }
@@ -79,14 +78,16 @@ def serve(
     reasoning_parser: only.ReasoningParserOption = "auto",
     generation_config: only.GenerationConfigOption = "auto",
     quantization: only.QuantizationOption = None,
-    speculative_config: only.SpeculativeOption = None,
+    speculative_config: options.SpeculativeOption = None,
     seed: only.ServeSeedOption = 0,
     dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    enforce_eager: only.EagerOption = False,
     max_model_len: options.MaxModelLenOption = None,
     max_num_seqs: options.MaxNumSeqsOption = 64,
     max_num_batched_tokens: options.MaxBatchedTokensOption = 1024,
     block_size: options.BlockSizeOption = 16,
-    gpu_memory_utilization: options.UtilizationOption = 0.25,
+    gpu_memory_utilization: options.UtilizationOption = None,
     kv_cache_memory_bytes: options.CacheBytesOption = None,
     num_gpu_blocks_override: options.NumBlocksOption = None,
     enable_prefix_caching: only.PrefixCachingOption = True,
@@ -101,7 +102,6 @@ def serve(
     max_parallel_loading_workers: only.LoadingWorkersOption = None,
     swap_space: only.SwapSpaceOption = None,
     enable_auto_tool_choice: only.ToolChoiceOption = False,
-    enforce_eager: only.EagerOption = False,
     trust_remote_code: only.TrustCodeOption = False,
     disable_log_requests: only.QuietOption = False,
 ) -> None:
@@ -142,7 +142,7 @@ def load_engines(ctx: typer.Context) -> tuple[Any, Any]:
     name = ctx.params["embedding_model"]
     if name is None:
         return load(ctx, chosen_model(ctx)).llm_engine, None
-    same = ("dtype", "block_size", "max_num_seqs", "max_num_batched_tokens", "batch_invariant")
+    same = ("dtype", "block_size", "max_num_seqs", "max_num_batched_tokens", "batch_invariant", "device")
     with stderr().status("loading the embedding model"):
         embedding_engine = load_embedding_engine(name, **{setting: ctx.params[setting] for setting in same})
     reserved = memory_bytes(embedding_engine)
@@ -174,11 +174,8 @@ def checked(ctx: typer.Context) -> Any:
     config = ServerConfig(**{field: given[option] for field, option in SERVER_SETTINGS.items()})
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     ParallelConfig(**{name: given[name] for name in sizes})
-    if speculative(given["speculative_config"]) is not None:
-        raise ConfigError(
-            "speculative_config must be left out: speculative decoding is not built yet.",
-            parameter="speculative_config",
-        )
+    DeviceConfig(given["device"], given["enforce_eager"])
+    SpeculativeConfig.from_dict(speculative_config(ctx))
     return config
 
 
@@ -197,17 +194,6 @@ def origins(text: str | None) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(origin, str) for origin in found):
         raise typer.BadParameter(f"--allowed-origins must be words or a JSON list of strings, got {text[:100]!r}")
     return tuple(found)
-
-
-def speculative(text: str | None) -> dict[str, Any] | None:
-    """A JSON object, or null."""
-    try:
-        found = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        found = 0
-    if found is not None and not isinstance(found, dict):
-        raise typer.BadParameter(f"--speculative-config must be a JSON object or null, got {(text or '')[:100]!r}")
-    return found
 
 
 def _warn(ctx: typer.Context) -> None:

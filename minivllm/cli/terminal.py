@@ -24,6 +24,7 @@ ENGINE_SETTINGS = (
     *("tokenizer", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "enable_prefix_caching"),
     *("enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy", "seed", "batch_invariant"),
+    *("device", "enforce_eager"),
     *("tensor_parallel_size", "quantization", "generation_config", "chat_template"),
 )
 SAMPLING_SETTINGS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
@@ -38,8 +39,21 @@ def load(ctx: typer.Context, model: str | None, **more: Any) -> Any:
     from minivllm.llm import LLM
 
     settings = {name: ctx.params.get(name) for name in ENGINE_SETTINGS}
+    settings["speculative_config"] = speculative_config(ctx)
     with stderr().status("loading the model"):
         return LLM(model, **{name: value for name, value in settings.items() if value is not None}, **more)
+
+
+def speculative_config(ctx: typer.Context) -> dict[str, Any] | None:
+    """What --speculative-config says, where the command has it: a JSON object, or null."""
+    text = ctx.params.get("speculative_config") or "null"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = 0
+    if found is not None and not isinstance(found, dict):
+        raise typer.BadParameter(f"--speculative-config must be a JSON object or null, got {text[:100]!r}")
+    return found
 
 
 def sampling_fields(ctx: typer.Context) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
     get_computed_blocks   the longest known prefix of a waiting request
     allocate_slots        blocks for the tokens of this step, or None when the pool is short
+    cache_blocks          names for what accepted drafts have filled
     free                  the one way back, for finished, aborted, failed and preempted requests
 
 A block gets its hash when the step that fills it is scheduled, so that two requests with one prompt share it
 even in the same step (every layer writes all keys before anybody reads). Should that step never be computed,
 free() forgets the hashes beyond num_computed_tokens: a hash only outlives its request on computed content.
+Drafts get room but no hash: a block that holds some is named once they are tokens of the request.
 
 Knows no queue, no budget and no tensor. Called by scheduler.py.
 Twin in vLLM: vllm/v1/core/kv_cache_manager.py.
@@ -53,9 +55,13 @@ class KVCacheManager:
         return blocks
 
     def allocate_slots(
-        self, request: Request, num_new_tokens: int, computed_blocks: list[KVCacheBlock] | None = None
+        self,
+        request: Request,
+        num_new_tokens: int,
+        computed_blocks: list[KVCacheBlock] | None = None,
+        num_draft_tokens: int = 0,
     ) -> list[KVCacheBlock] | None:
-        """Make room for the next `num_new_tokens` tokens; returns the blocks that were added.
+        """Make room for the next `num_new_tokens` tokens and the drafts behind them; returns the added blocks.
 
         `computed_blocks` come from get_computed_blocks and are held from here on. None, and nothing changed,
         when the pool is short.
@@ -64,7 +70,7 @@ class KVCacheManager:
         num_computed = request.num_computed_tokens
         if computed_blocks:
             num_computed = len(computed_blocks) * self.block_size
-        num_needed = self.num_blocks_for(num_computed + num_new_tokens)
+        num_needed = self.num_blocks_for(num_computed + num_new_tokens + num_draft_tokens)
         num_owned = len(table.blocks) if table else 0
         num_missing = num_needed - num_owned
         if num_missing <= 0:
@@ -83,6 +89,10 @@ class KVCacheManager:
         table.blocks += new_blocks
         self._cache_full_blocks(request, table, num_computed + num_new_tokens)
         return new_blocks
+
+    def cache_blocks(self, request: Request) -> None:
+        """Name the blocks that accepted drafts have filled."""
+        self._cache_full_blocks(request, self.tables[request.request_id], request.num_computed_tokens)
 
     def num_blocks_for_whole(self, request: Request, computed_blocks: list[KVCacheBlock]) -> int:
         """Free blocks that all the tokens the request has now would take, not only this step's chunk: new ones, and
@@ -112,7 +122,7 @@ class KVCacheManager:
                 raise RuntimeError(f"{block} is in {counts[block.block_id]} block tables")
 
     def _cache_full_blocks(self, request: Request, table: BlockTable | None, num_tokens: int) -> None:
-        """Name the blocks that this step fills."""
+        """Name the blocks that the first `num_tokens` tokens fill."""
         if not self.enable_prefix_caching or table is None:
             return
         num_full_blocks = num_tokens // self.block_size

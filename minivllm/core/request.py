@@ -51,6 +51,7 @@ class Request:
         "bad_words_token_ids",
         "block_hashes",
         "cache_salt",
+        "draft_token_ids",
         "eos_token_ids",
         "finish_reason",
         "max_tokens",
@@ -108,6 +109,7 @@ class Request:
         self.num_preemptions = 0
         self.num_prompt_logprobs_done = 0  # reported; a resumed request computes its prompt a second time
         self.untold_token_ids: list[int] = []  # appended without being drawn; the worker learns them with the next step
+        self.draft_token_ids: list[int] = []  # guesses of what follows, for the next step only
         self.block_hashes: list[bytes] = []  # of the full blocks, extended as tokens arrive
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None

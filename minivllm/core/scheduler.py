@@ -3,6 +3,9 @@
 There is no prefill phase and no decode phase. A request is behind by num_tokens - num_computed_tokens; a step
 hands out max_num_batched_tokens and lets requests catch up: the running ones first, in order, then waiting ones.
 
+Drafts (Request.draft_token_ids) are computed behind the newest token where room is left over; update_from_output is
+told which of them were drawn, and the others were never there: num_computed_tokens counts none of them.
+
     schedule()            decides, takes blocks           -> SchedulerOutput
     update_from_output()  appends what was drawn, ends    -> list[EngineCoreOutput]
     append_tokens()       adds what need not be drawn
@@ -106,6 +109,7 @@ class Scheduler:
         return step
 
     def _schedule_running(self, step: SchedulerOutput) -> None:
+        spare = self._budget_for_drafts()
         for request in list(self.running):
             if request.status is RequestStatus.PREEMPTED:  # a victim of this step
                 continue
@@ -115,7 +119,12 @@ class Scheduler:
                 step.decisions.append(Decision(request.request_id, "wait_budget", 0, facts))
                 continue
             num_tokens = self._clip(num_missing, step)
-            new_blocks = self._grow(request, num_tokens, step)
+            drafts, new_blocks = self._place_drafts(request, num_tokens, spare)
+            if drafts:
+                step.draft_token_ids[request.request_id] = drafts
+                spare -= len(drafts)
+            else:
+                new_blocks = self._grow(request, num_tokens, step)
             if new_blocks is None:  # it mattered least and gave way itself; its blocks may help the next ones
                 continue
             cached = CachedRequestData(
@@ -125,8 +134,33 @@ class Scheduler:
                 request.untold_token_ids,
             )
             step.scheduled_cached_reqs.append(cached)
-            self._record(step, request, num_tokens, num_missing)
+            self._record(step, request, num_tokens, num_missing, len(drafts))
             request.untold_token_ids = []
+
+    def _budget_for_drafts(self) -> int:
+        """What is left of the budget when every running request has all that it misses: no token waits for a draft."""
+        if not any(request.draft_token_ids for request in self.running):
+            return 0
+        num_missing = sum(request.num_tokens - request.num_computed_tokens for request in self.running)
+        return self.config.max_num_batched_tokens - num_missing
+
+    def _place_drafts(
+        self, request: Request, num_tokens: int, spare: int
+    ) -> tuple[list[int], list[KVCacheBlock] | None]:
+        """The drafts that this step verifies and the blocks that were added; ([], None), and no block, where none fits.
+
+        They are for this step or never. One more token is drawn behind the last of them, so they end before the
+        request must. Nobody is preempted for a guess.
+        """
+        if not request.draft_token_ids:
+            return [], None
+        num_room = min(request.max_tokens - request.num_output_tokens, self.config.max_model_len - request.num_tokens)
+        drafts = request.draft_token_ids[: max(0, min(spare, num_room - 1))]
+        request.draft_token_ids = []
+        if not drafts or request.num_computed_tokens + num_tokens < request.num_tokens:
+            return [], None
+        new_blocks = self.kv_cache.allocate_slots(request, num_tokens, num_draft_tokens=len(drafts))
+        return (drafts, new_blocks) if new_blocks is not None else ([], None)
 
     def _schedule_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the head of the line. The first that cannot come in stops the line: nobody overtakes."""
@@ -196,14 +230,18 @@ class Scheduler:
             return threshold
         return num_tokens
 
-    def _record(self, step: SchedulerOutput, request: Request, num_tokens: int, num_missing: int) -> None:
-        step.num_scheduled_tokens[request.request_id] = num_tokens
-        step.total_num_scheduled_tokens += num_tokens
+    def _record(
+        self, step: SchedulerOutput, request: Request, num_tokens: int, num_missing: int, num_drafts: int = 0
+    ) -> None:
+        step.num_scheduled_tokens[request.request_id] = num_tokens + num_drafts
+        step.total_num_scheduled_tokens += num_tokens + num_drafts
         if num_tokens < num_missing:
             cause = "the step's budget is spent"
             if num_tokens == self.config.long_prefill_token_threshold and len(self.requests) > 1:
                 cause = "long_prefill_token_threshold leaves room for shorter prompts"
             decision = Decision(request.request_id, "chunk", num_tokens, (num_tokens, num_missing, cause))
+        elif num_drafts:
+            decision = Decision(request.request_id, "verify", num_tokens + num_drafts, (num_tokens, num_drafts))
         elif num_tokens == 1 and request.num_computed_tokens >= request.num_prompt_tokens:
             decision = Decision(request.request_id, "decode", 1)
         elif request.untold_token_ids:
@@ -253,6 +291,7 @@ class Scheduler:
             step.total_num_scheduled_tokens -= num_tokens
             step.scheduled_cached_reqs = [r for r in step.scheduled_cached_reqs if r.request_id != victim.request_id]
             step.decisions = [d for d in step.decisions if d.request_id != victim.request_id]
+            step.draft_token_ids.pop(victim.request_id, None)
         step.decisions.append(Decision(victim.request_id, "preempt", 0, facts))
 
     # ------------------------------------------------------------------ after the step
@@ -274,7 +313,7 @@ class Scheduler:
                 output = EngineCoreOutput(request_id, [], finish_reason="error", error=error)
             else:
                 prompt_logprobs = self._new_prompt_logprobs(request, result)
-                request.num_computed_tokens += num_tokens
+                request.num_computed_tokens += num_tokens - len(step.draft_token_ids.get(request_id, ()))
                 output = self._apply_result(request, result, prompt_logprobs)
             if output is not None:
                 outputs.append(output)
@@ -320,6 +359,9 @@ class Scheduler:
             new_token_ids.append(token_id)
             if request.append_output_token(token_id, self.config.max_model_len):
                 break
+        if len(new_token_ids) > 1:  # all but the newest were accepted drafts
+            request.num_computed_tokens += len(new_token_ids) - 1
+            self.kv_cache.cache_blocks(request)
         logprobs = result.logprobs.get(request_id)
         return EngineCoreOutput(
             request_id,

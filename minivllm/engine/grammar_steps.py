@@ -1,6 +1,6 @@
 """Requests with a grammar, around one step: which of them need a mask, and what the drawn tokens mean to them.
 
-    masks_for(step)    before the step: the call that makes the rows, for those that draw a token
+    masks_for(step)    before the step: the call that makes the rows, for those that draw a token (or verify drafts)
     follow(outputs)    after it: grammars take what was drawn; forced tokens are appended; what is complete ends
 
 Where a grammar leaves only one text, its tokens are forced: the mask of each would hold nothing else, so they are
@@ -16,7 +16,7 @@ Twin in vLLM: update_from_output in vllm/v1/core/sched/scheduler.py; it has no f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from minivllm.core.request import FinishReason, Request
 from minivllm.core.scheduler import Scheduler
 from minivllm.outputs import EngineCoreOutput, SchedulerOutput, TokenLogprobs
 from minivllm.structured_output.manager import StructuredOutputManager
+
+# {request id: tokens drawn so far in this step} -> {request id: [ceil(vocab_size / 32)] int32}, those with a grammar
+MakeRows = Callable[[Mapping[str, Sequence[int]]], Mapping[str, np.ndarray]]
 
 
 class GrammarSteps:
@@ -37,17 +40,22 @@ class GrammarSteps:
         self._eos_token_ids = eos_token_ids
 
     # ------------------------------------------------------------------ before the step
-    def masks_for(self, step: SchedulerOutput) -> Callable[[], Mapping[str, np.ndarray]] | None:
-        """Makes {request id: [ceil(vocab_size / 32)] int32}; None when nobody with a grammar draws."""
+    def masks_for(self, step: SchedulerOutput) -> MakeRows | None:
+        """Makes the rows of those who draw; None when nobody with a grammar does.
+
+        The call is told what each of them has drawn in this very step: nothing at first, then accepted drafts.
+        """
         if not len(self._grammars):
             return None
-        drawing = []
+        drawing = set()
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             request = self._scheduler.requests[request_id]
-            is_last = request.num_computed_tokens + num_tokens == request.num_tokens
+            is_last = request.num_computed_tokens + num_tokens >= request.num_tokens  # or it is a draft behind the last
             if is_last and request_id in self._grammars:
-                drawing.append(request_id)
-        return (lambda: self._grammars.bitmasks(drawing)) if drawing else None
+                drawing.add(request_id)
+        if not drawing:
+            return None
+        return lambda drawn: self._grammars.bitmasks({key: drawn[key] for key in drawn if key in drawing})
 
     # ------------------------------------------------------------------ after the step
     def follow(self, outputs: list[EngineCoreOutput]) -> list[EngineCoreOutput]:

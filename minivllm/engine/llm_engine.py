@@ -4,6 +4,7 @@
     step        ──▶ scheduler.schedule ──▶ executor.execute_model ──▶ scheduler.update_from_output
                                                         │         └──▶ output_processor ──▶ [RequestOutput]
     grammar_steps ─ bitmask rows ────────────────────────┘  and the drawn tokens back to them
+    drafting ────── guesses for the next step, where speculative decoding is on
 
 Single-threaded: async_engine.py gives it a thread, llm.py a loop. Knows no HTTP.
 Twin in vLLM: vllm/v1/engine/llm_engine.py and core.py.
@@ -21,21 +22,26 @@ from typing import Any
 import torch
 
 from minivllm.config import (
+    DEFAULT_CPU_SHARE,
+    DEFAULT_GPU_SHARE,
     CacheConfig,
+    DeviceConfig,
     EngineConfig,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     check_generation_config,
     check_quantization,
     choose_max_model_len,
 )
 from minivllm.core.request import FinishReason, Request
 from minivllm.core.scheduler import Scheduler
+from minivllm.engine.drafting import Drafting
 from minivllm.engine.grammar_steps import GrammarSteps
 from minivllm.engine.input_processor import EngineCoreRequest, InputProcessor, PromptType, check_request_id
 from minivllm.engine.output_processor import OutputProcessor
-from minivllm.engine.stats import EngineStats
+from minivllm.engine.stats import EngineStats, SpecDecodeStats
 from minivllm.engine.throughput import Throughput
 from minivllm.engine.tokenizer import Tokenizer, load_tokenizer, read_chat_template
 from minivllm.errors import ConfigError, InvalidRequestError
@@ -54,6 +60,7 @@ from minivllm.outputs import (
 from minivllm.sampling_params import SamplingParams
 from minivllm.structured_output.manager import StructuredOutputManager
 from minivllm.worker.executor import Executor
+from minivllm.worker.gpu import MemorySnapshot, choose_device
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
 
 AnyOutput = RequestOutput | EmbeddingRequestOutput
@@ -91,12 +98,19 @@ class LLMEngine:
             block_size=plan.block_size,
             seed=config.seed,
         )
-        self.stats = EngineStats(config.model.max_model_len)
+        speculative = config.speculative
+        spec_decode = None if speculative is None else SpecDecodeStats(speculative.num_speculative_tokens)
+        self.stats = EngineStats(config.model.max_model_len, spec_decode)
         self.output_processor = OutputProcessor(tokenizer, stats=self.stats)
         self.structured_output = StructuredOutputManager(
             tokenizer.backend if tokenizer is not None else None, config.model.vocab_size, self.eos_token_ids
         )
         self._grammar_steps = GrammarSteps(self.scheduler, self.structured_output, self.eos_token_ids)
+        self._drafting: Drafting | None = None
+        if speculative is not None and spec_decode is not None:
+            self._drafting = Drafting(
+                speculative, self.scheduler, self.structured_output, self.eos_token_ids, spec_decode
+            )
         self.last_step: SchedulerOutput | None = None  # for the trace and the state endpoint
         self.throughput = Throughput()
         self._executor = executor
@@ -189,6 +203,8 @@ class LLMEngine:
         else:
             outputs = self._grammar_steps.follow(self.scheduler.update_from_output(step, result))
             self.throughput.add(step.total_num_scheduled_tokens, sum(len(output.new_token_ids) for output in outputs))
+            if self._drafting is not None:
+                self._drafting.follow(step, result)
         return self._process_outputs(outputs)
 
     def _process_outputs(self, outputs: list[EngineCoreOutput]) -> list[AnyOutput]:
@@ -245,13 +261,15 @@ class LLMEngine:
         max_num_batched_tokens: int = 1024,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
-        gpu_memory_utilization: float = 0.25,
+        gpu_memory_utilization: float | None = None,
         kv_cache_memory_bytes: int | None = None,
         num_gpu_blocks_override: int | None = None,
         scheduling_policy: str = "fcfs",
         long_prefill_token_threshold: int = 0,
         batch_invariant: bool = False,
         impl: str = "auto",
+        device: str = "auto",
+        enforce_eager: bool = False,
         speculative_config: dict[str, Any] | None = None,
         tensor_parallel_size: int = 1,
         quantization: str | None = None,
@@ -268,15 +286,16 @@ class LLMEngine:
         Everything that can be checked without the weights is checked before they are read.
         Raises ModelNotFoundError, ConfigError.
         """
-        if speculative_config is not None:
-            raise ConfigError(
-                "speculative_config must be left out: speculative decoding is not built yet.",
-                parameter="speculative_config",
-            )
+        speculative = SpeculativeConfig.from_dict(speculative_config)
         ParallelConfig(tensor_parallel_size)
         if impl not in IMPLS:
             raise ConfigError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.", parameter="impl")
         check_generation_config(generation_config)
+        device_config = DeviceConfig(device, enforce_eager)
+        torch_device = choose_device(device, impl)
+        on_gpu = torch_device.type == "cuda"
+        if gpu_memory_utilization is None:
+            gpu_memory_utilization = DEFAULT_GPU_SHARE if on_gpu else DEFAULT_CPU_SHARE
         template = None if chat_template is None else read_chat_template(chat_template)
         cache_config = CacheConfig(
             block_size=block_size,
@@ -286,7 +305,9 @@ class LLMEngine:
             enable_prefix_caching=enable_prefix_caching,
             reserved_memory_bytes=reserved_memory_bytes,
         )
-        facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress)
+        facts = read_model_facts(
+            model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress, on_gpu=on_gpu
+        )
         check_quantization(quantization, facts.source.kind == "gguf")
         model_config = facts.model_config
         is_encoder = model_config.is_encoder
@@ -302,26 +323,37 @@ class LLMEngine:
             long_prefill_token_threshold=long_prefill_token_threshold,
             policy=scheduling_policy,
         )
-        config = EngineConfig(model_config, cache_config, scheduler_config, batch_invariant, seed)
+        config = EngineConfig(
+            model_config, cache_config, scheduler_config, batch_invariant, seed, device_config, speculative
+        )
+        draft_facts = read_draft_facts(speculative, model_config, show_progress=show_progress)
         text_source = facts.source if tokenizer is None else resolve_model(tokenizer, show_progress=show_progress)
         loaded_tokenizer = load_tokenizer(text_source, chat_template=template)
         check_letters(loaded_tokenizer, facts.sentence_config)
         generation = loader.load_generation_config(facts.source)
         if generation_config == "vllm":  # what ends an answer is no default
             generation = {name: value for name, value in generation.items() if name == "eos_token_id"}
+        before = MemorySnapshot.of(torch_device) if on_gpu else None
+        model_options = ModelOptions(facts.dtype, batch_invariant, impl, torch_device)
+        draft_model = None
+        if draft_facts is not None:  # in the target's dtype: one arithmetic for both caches
+            draft_model = loader.load_model(
+                draft_facts.source, draft_facts.hf_config, model_options, show_progress=show_progress
+            )
         executor = Executor(
-            loader.load_model(
-                facts.source,
-                facts.hf_config,
-                ModelOptions(facts.dtype, batch_invariant, impl),
-                show_progress=show_progress,
-            ),
+            loader.load_model(facts.source, facts.hf_config, model_options, show_progress=show_progress),
             facts.dtype,
             model_config.max_model_len,
             pooling_type=facts.sentence_config.pooling_type,
             causal=not is_encoder,
             batch_invariant=batch_invariant,
             poison=poison,
+            draft_model=draft_model,
+            device=torch_device,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enforce_eager=enforce_eager,
+            impl=impl,
         )
         plan = plan_kv_cache(
             cache_config,
@@ -329,8 +361,9 @@ class LLMEngine:
             facts.dtype,
             executor.weight_bytes,
             max_num_seqs * model_config.max_model_len,
+            None if before is None else executor.measure_memory(before, block_size),
         )
-        executor.initialize_kv_cache(plan)
+        executor.initialize_kv_cache(plan, show_progress=show_progress)
         return cls(config, executor, loaded_tokenizer, plan, generation)
 
 
@@ -346,12 +379,17 @@ class ModelFacts:
 
 
 def read_model_facts(
-    model: str | Path | None, *, dtype: str = "auto", max_model_len: int | None = None, show_progress: bool = False
+    model: str | Path | None,
+    *,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    show_progress: bool = False,
+    on_gpu: bool = False,
 ) -> ModelFacts:
     """Find a model and read its configuration. Raises ModelNotFoundError, ConfigError."""
     source = resolve_model(model, show_progress=show_progress)
     hf_config = loader.load_hf_config(source)
-    torch_dtype = loader.resolve_dtype(dtype, hf_config, source)
+    torch_dtype = loader.resolve_dtype(dtype, hf_config, source, on_gpu=on_gpu)
     text_config = hf_config.get_text_config()
     is_encoder = registry.is_encoder(hf_config)
     sentence_config = read_sentence_config(source, is_encoder)
@@ -367,6 +405,35 @@ def read_model_facts(
         matryoshka_dimensions=_matryoshka_dimensions(hf_config),
     )
     return ModelFacts(source, hf_config, torch_dtype, model_config, sentence_config)
+
+
+def read_draft_facts(
+    config: SpeculativeConfig | None, target: ModelConfig, *, show_progress: bool = False
+) -> ModelFacts | None:
+    """Find the draft model, if there is to be one. Raises ModelNotFoundError, ConfigError (it does not fit)."""
+    problem = None
+    if config is not None and target.is_pooling:
+        problem = f"speculative_config must be left out: {target.name} is an embedding model and generates no text."
+    facts = None
+    if problem is None and config is not None and config.model is not None:
+        facts = read_model_facts(config.model, show_progress=show_progress)
+        draft = facts.model_config
+        limit = getattr(facts.hf_config.get_text_config(), "max_position_embeddings", None)
+        if draft.is_pooling:
+            problem = f"speculative_config.model must generate text: {draft.name} is an embedding model."
+        elif draft.vocab_size != target.vocab_size:
+            problem = (
+                f"speculative_config.model must have the vocabulary of {target.name}, {target.vocab_size} tokens; "
+                f"{draft.name} has {draft.vocab_size}."
+            )
+        elif limit is not None and limit < target.max_model_len:
+            problem = (
+                f"speculative_config.model must be made for {target.max_model_len} tokens as {target.name} is used; "
+                f"{draft.name} is for {limit}. Set max_model_len to {limit} or less."
+            )
+    if problem is not None:
+        raise ConfigError(problem, parameter="speculative_config")
+    return facts
 
 
 def _matryoshka_dimensions(hf_config: Any) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minivllm.config import CacheConfig, SchedulerConfig
+from minivllm.config import DEFAULT_CPU_SHARE, CacheConfig, SchedulerConfig
 from minivllm.engine.llm_engine import read_model_facts
 from minivllm.models import loader
 from minivllm.models.layers import KVCacheSpec
@@ -94,16 +94,19 @@ def plan_engine(
     max_model_len: int | None = None,
     block_size: int = 16,
     max_num_seqs: int = 64,
-    gpu_memory_utilization: float = 0.25,
+    gpu_memory_utilization: float | None = None,
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
 ) -> EnginePlan:
-    """The plan for LLM(...) with the same arguments. Raises ModelNotFoundError, ConfigError.
+    """The plan for LLM(...) with the same arguments on a CPU; a GPU's follows from a step that is measured.
+
+    Raises ModelNotFoundError, ConfigError.
 
     Packed weights fill whole tiles (models/linear.py): widths that are no multiple of 64, which only toy models have,
     take more bytes than planned.
     """
-    config = CacheConfig(block_size, gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
+    share = DEFAULT_CPU_SHARE if gpu_memory_utilization is None else gpu_memory_utilization
+    config = CacheConfig(block_size, share, kv_cache_memory_bytes, num_gpu_blocks_override)
     facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len)
     max_len = facts.model_config.max_model_len
     SchedulerConfig(max_num_seqs=max_num_seqs, max_model_len=max_len)  # refuses what LLM refuses

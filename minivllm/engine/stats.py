@@ -81,10 +81,34 @@ class SequenceStats:
     last_token: float = 0.0
 
 
-class EngineStats:
-    """Since the engine was made."""
+class SpecDecodeStats:
+    """Drafts, since the engine was made.
 
-    def __init__(self, max_model_len: int = DEFAULT_MAX_MODEL_LEN):
+    Attributes:
+        num_drafts: verifications of one request's drafts.
+        num_accepted_tokens_per_pos: [i] drafts in place i came true.
+    """
+
+    def __init__(self, num_speculative_tokens: int = 0):
+        self.num_drafts = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
+        self.num_accepted_tokens_per_pos = [0] * num_speculative_tokens
+
+    def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        """One request's drafts were verified."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_draft_tokens
+        self.num_accepted_tokens += num_accepted_tokens
+        for position in range(num_accepted_tokens):
+            self.num_accepted_tokens_per_pos[position] += 1
+
+
+class EngineStats:
+    """Since the engine was made. spec_decode: None without speculative decoding."""
+
+    def __init__(self, max_model_len: int = DEFAULT_MAX_MODEL_LEN, spec_decode: SpecDecodeStats | None = None):
+        self.spec_decode = spec_decode
         self.prompt_tokens = 0  # of requests whose first token, or vector, came
         self.cached_prompt_tokens = 0  # of these, found in the prefix cache
         self.generation_tokens = 0

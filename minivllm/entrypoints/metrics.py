@@ -53,6 +53,12 @@ COUNTERS: tuple[tuple[str, str, Read], ...] = (
     ("prefix_cache_hits", "Tokens found.", lambda engine: engine.scheduler.num_prefix_cache_hits),
     ("num_preemptions", "Times a sequence gave its blocks away.", lambda engine: engine.scheduler.num_preemptions),
 )
+# Name and help; also the attribute of SpecDecodeStats. Only where speculative decoding is on, as in vLLM.
+SPEC_DECODE: tuple[tuple[str, str], ...] = (
+    ("num_drafts", "Verifications of a sequence's drafts."),
+    ("num_draft_tokens", "Drafts."),
+    ("num_accepted_tokens", "Drafts that came true."),
+)
 # Name, help, attribute of EngineStats.
 HISTOGRAMS: tuple[tuple[str, str, str], ...] = (
     ("iteration_tokens_total", "Tokens that one step computes.", "iteration_tokens"),
@@ -183,11 +189,30 @@ class _EngineCollector(Collector):
                 for value, count in read_all(engine).items():
                     labelled.add_metric((*labels, value), count)
             yield labelled
+        yield from _spec_decode(engines)
         info = GaugeMetricFamily("vllm:cache_config_info", "The cache's settings.", labels=(*LABELS, *CACHE_FACTS))
         for labels, engine in engines:
             facts = _cache_facts(engine)
             info.add_metric((*labels, *(str(facts[name]) for name in CACHE_FACTS)), 1)
         yield info
+
+
+def _spec_decode(engines: list[tuple[tuple[str, str], LLMEngine]]) -> Iterator[Metric]:
+    """Nothing when no engine guesses."""
+    drafting = [(labels, engine.stats.spec_decode) for labels, engine in engines if engine.stats.spec_decode]
+    if not drafting:
+        return
+    for name, help_text in SPEC_DECODE:
+        counter = CounterMetricFamily(f"vllm:spec_decode_{name}", help_text, labels=LABELS)
+        for labels, stats in drafting:
+            counter.add_metric(labels, getattr(stats, name))
+        yield counter
+    name, help_text = "vllm:spec_decode_num_accepted_tokens_per_pos", "Drafts that came true, by their place."
+    by_place = CounterMetricFamily(name, help_text, labels=(*LABELS, "position"))
+    for labels, stats in drafting:
+        for position, count in enumerate(stats.num_accepted_tokens_per_pos):
+            by_place.add_metric((*labels, str(position)), count)
+    yield by_place
 
 
 def _buckets(values: Histogram) -> list[tuple[str, float]]:

@@ -127,6 +127,8 @@ class TransformersForCausalLM(nn.Module):
     """The public face of models/llama.py around transformers' network. Raises ConfigError for networks it cannot
     serve, from the constructor (by configuration and dry run) or from `load_weights` (by comparison)."""
 
+    can_be_captured = False  # in a CUDA graph: experts, for one, are routed by what the host reads
+
     def __init__(self, hf_config: Any, options: ModelOptions):
         super().__init__()
         _refuse_by_config(hf_config, options)
@@ -172,7 +174,7 @@ class TransformersForCausalLM(nn.Module):
             )
         state.clear()
         _refuse_by_report(report)
-        self.network.requires_grad_(False).eval()
+        self.network.requires_grad_(False).eval().to(self.options.device)
         _exchange_linears(self.network, self.options)
         _compare_with_own_attention(self)
 
@@ -283,7 +285,9 @@ def _compare_with_own_attention(model: TransformersForCausalLM) -> None:
     """
     network, lengths, chunk = model.network, (7, 5), 3
     generator = torch.Generator().manual_seed(0)
-    requests = [torch.randint(model.vocab_size, (length,), generator=generator) for length in lengths]
+    requests = [
+        torch.randint(model.vocab_size, (length,), generator=generator).to(model.options.device) for length in lengths
+    ]
     with torch.no_grad():
         network.set_attn_implementation("eager")
         own = [network(request[None], use_cache=False).logits[0, chunk:].float() for request in requests]
@@ -308,14 +312,15 @@ def _logits_of_second_chunk(
     requests: token ids, [length] each
     """
     block_size = 16
+    like = torch.empty(0, dtype=model.options.dtype, device=model.options.device)
     caches: list[KVCache] = []
     for spec in model.kv_cache_specs:
         shape = (spec.num_kv_heads, len(requests) + 1, block_size, spec.head_size)
-        caches.append((torch.zeros(shape, dtype=model.options.dtype), torch.zeros(shape, dtype=model.options.dtype)))
+        caches.append((like.new_zeros(shape), like.new_zeros(shape)))
     logits: list[torch.Tensor] = []
     for start, stop in ((0, chunk), (chunk, max(map(len, requests)))):
         parts = [request[start:stop] for request in requests]
-        positions = [torch.arange(start, start + len(part)) for part in parts]
+        positions = [torch.arange(start, start + len(part), device=part.device) for part in parts]
         slots = [rows + (block + 1) * block_size for block, rows in enumerate(positions)]
         starts = [0, *torch.tensor([len(part) for part in parts]).cumsum(0).tolist()]
         metadata = AttentionMetadata(

@@ -52,6 +52,7 @@ class ModelOptions:
     dtype: torch.dtype
     batch_invariant: bool = False  # each row's bits do not depend on what else is in the batch
     impl: str = "auto"  # which implementation of the kernels: minivllm.kernels.dispatch
+    device: torch.device = torch.device("cpu")  # where the weights go, each as soon as it is read
     widening: Widening = field(default_factory=Widening, compare=False)  # shared by the layers of one model
 
 
@@ -173,7 +174,9 @@ class Linear(nn.Module):
 
     def _put(self, kind: str, shard: str, tensor: torch.Tensor) -> None:  # [shard width, in_features] or [shard width]
         if kind not in self._loading:
-            self._loading[kind] = torch.empty(self.out_features, *tensor.shape[1:], dtype=self.options.dtype)
+            self._loading[kind] = torch.empty(
+                self.out_features, *tensor.shape[1:], dtype=self.options.dtype, device=self.options.device
+            )
         starts = dict(zip(self.shards, itertools.accumulate(self.shards.values(), initial=0), strict=False))
         self._loading[kind][starts[shard] : starts[shard] + self.shards[shard]].copy_(tensor)
         self._missing[kind].discard(shard)
@@ -210,7 +213,7 @@ class Embedding(nn.Module):
         return {f"{path}.weight": WeightSlot(self.shape, self._put)}
 
     def _put(self, tensor: torch.Tensor) -> None:  # [num_embeddings, hidden_size]
-        self.weight = torch.empty(self.shape, dtype=self.options.dtype).copy_(tensor)
+        self.weight = torch.empty(self.shape, dtype=self.options.dtype, device=self.options.device).copy_(tensor)
 
 
 class TiedEmbedding(Embedding):

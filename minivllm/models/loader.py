@@ -105,18 +105,20 @@ def load_generation_config(source: ModelSource) -> dict[str, Any]:
     return content
 
 
-def resolve_dtype(dtype: str | torch.dtype, hf_config: PretrainedConfig, source: ModelSource) -> torch.dtype:
-    """The dtype to compute in. "auto": what the checkpoint was trained in, as far as this CPU is good at it.
+def resolve_dtype(
+    dtype: str | torch.dtype, hf_config: PretrainedConfig, source: ModelSource, *, on_gpu: bool = False
+) -> torch.dtype:
+    """The dtype to compute in. "auto": what the checkpoint was trained in, as far as this device is good at it.
 
-    float16 and bfloat16 checkpoints, and quantised ones, become bfloat16 where the CPU has instructions for it, else
-    float32. Raises ConfigError for anything but "auto", "float32", "bfloat16".
+    float16 and bfloat16 checkpoints, and quantised ones, become bfloat16 on a GPU and where the CPU has instructions
+    for it, else float32. Raises ConfigError for anything but "auto", "float32", "bfloat16".
     """
     name = str(dtype).removeprefix("torch.")
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
         raise ConfigError(f"dtype must be auto, {' or '.join(DTYPES)}, got {str(dtype)[:80]!r}.", parameter="dtype")
-    if _stored_dtype(hf_config, source) == torch.float32 or not has_bfloat16_instructions():
+    if _stored_dtype(hf_config, source) == torch.float32 or not (on_gpu or has_bfloat16_instructions()):
         return torch.float32
     return torch.bfloat16
 
@@ -162,7 +164,7 @@ def iterate_weights(
 def load_model(
     source: ModelSource, hf_config: PretrainedConfig, options: ModelOptions, *, show_progress: bool = False
 ) -> torch.nn.Module:
-    """Build the model class of `hf_config` and fill it from the source. Returns it in eval mode.
+    """Build the model class of `hf_config` and fill it from the source. Returns it in eval mode, on options.device.
 
     Raises ConfigError when weights and configuration do not belong together (before memory is taken for them), or
     when the model class cannot be built.
@@ -183,7 +185,8 @@ def load_model(
         ) from error
     with torch.no_grad():
         model.load_weights(iterate_weights(source, hf_config, options.dtype, show_progress=show_progress))
-    loaded: torch.nn.Module = model.requires_grad_(False).eval()
+    # What no tensor of the checkpoint was copied into (rotary frequencies) follows the weights.
+    loaded: torch.nn.Module = model.requires_grad_(False).eval().to(options.device)
     return loaded
 
 

@@ -51,7 +51,7 @@ def sample(logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
     best = values.argmax(axis=1)  # [num_reqs]; NaN counts as the largest
     row_max = values[np.arange(len(values)), best].tolist()  # [num_reqs]
     tokens: list[int] = best.tolist()
-    errors = {row: _reason(value) for row, value in enumerate(row_max) if not math.isfinite(value)}
+    errors = {row: reason(value) for row, value in enumerate(row_max) if not math.isfinite(value)}
     for row, temperature in enumerate(metadata.temperature):
         if row in errors:
             tokens[row] = NO_TOKEN
@@ -63,7 +63,7 @@ def sample(logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         if row not in errors:
             logprobs[row] = entry = token_logprobs(raw, tokens[row], metadata.num_logprobs[row] or 0)
             if math.isnan(entry.logprobs[0]):  # NaN or +inf that a mask has hidden from the draw
-                errors[row], tokens[row], logprobs[row] = _reason(math.nan), NO_TOKEN, None
+                errors[row], tokens[row], logprobs[row] = reason(math.nan), NO_TOKEN, None
     return SamplerOutput(tokens, logprobs, errors)
 
 
@@ -130,7 +130,8 @@ def _draw(row_values: LogitsRow, row_max: float, row: int, metadata: SamplingMet
     return index if ids is None else int(ids[index])
 
 
-def _reason(row_max: float) -> str:
+def reason(row_max: float) -> str:
+    """Why nothing can be drawn from a row whose largest logit is row_max (NaN counts as the largest)."""
     if math.isnan(row_max):
         return "The model produced logits that are not numbers (NaN)."
     if row_max > 0:

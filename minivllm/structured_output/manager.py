@@ -2,7 +2,7 @@
 
     compile(params)                 any thread, before the request is queued; errors are the caller's
     add_request / remove_request    one matcher per sequence, from queueing to its end, preemptions included
-    bitmasks(request_ids)           rows for the sequences that draw a token in this step
+    bitmasks(drawn)                 rows for the sequences that draw a token in this step
     accept_tokens                   after the step
 
 A matcher follows the output tokens only. A preempted request keeps it: what is computed again is never drawn again.
@@ -16,7 +16,7 @@ import dataclasses
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,13 +156,25 @@ class StructuredOutputManager:
     def __len__(self) -> int:
         return len(self._matchers)
 
-    def bitmasks(self, request_ids: Iterable[str]) -> dict[str, np.ndarray]:
-        """{request id: [ceil(vocab_size / 32)] int32}; a row of a broken matcher allows nothing."""
+    def bitmasks(self, drawn: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+        """{request id: [ceil(vocab_size / 32)] int32}; a row of a broken matcher allows nothing.
+
+        drawn: what each of them has drawn in the running step and its grammar has not accepted yet: drafts that came
+        true. Nothing may follow an eos among them, nor a token that is refused.
+        """
         rows = {}
-        for request_id in request_ids:
-            rows[request_id] = row = np.empty(-(-self._vocab_size // 32), dtype=np.int32)
-            self._matchers[request_id].fill_bitmask(row)
+        for request_id, token_ids in drawn.items():
+            rows[request_id] = row = np.zeros(-(-self._vocab_size // 32), dtype=np.int32)
+            matcher = self._matchers[request_id]
+            num_accepted = matcher.accept_tokens(token_ids)
+            if not token_ids or (num_accepted == len(token_ids) and not matcher.is_terminated()):
+                matcher.fill_bitmask(row)
+            matcher.rollback(num_accepted)
         return rows
+
+    def validate_tokens(self, request_id: str, token_ids: Sequence[int]) -> int:
+        """How many of these drafts its grammar would accept; nothing changes."""
+        return self._matchers[request_id].validate_tokens(token_ids)
 
     def accept_tokens(self, request_id: str, token_ids: Sequence[int]) -> int:
         """Follow what was drawn; returns how many of the tokens the grammar accepts."""

@@ -55,6 +55,17 @@ class KVCachePlan:
         return (self.num_blocks - 1) / -(-max_model_len // self.block_size)
 
 
+@dataclass(frozen=True, slots=True)
+class GPUMemory:
+    """What worker/gpu.py has measured of a GPU, in bytes."""
+
+    total_bytes: int
+    free_bytes: int  # before the weights were loaded
+    activation_bytes: int  # a step of full budget has so much at once, beside weights and cache
+    graph_bytes: int  # the same of the largest CUDA graph, which has memory of its own
+    other_bytes: int  # of this process, but not torch's: context, loaded kernels, libraries
+
+
 def device_memory_bytes() -> int:
     """All RAM of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -66,15 +77,21 @@ def kv_bytes_per_token(specs: Sequence[KVCacheSpec], dtype: torch.dtype) -> int:
 
 
 def plan_kv_cache(
-    config: CacheConfig, specs: Sequence[KVCacheSpec], dtype: torch.dtype, weight_bytes: int, max_tokens: int
+    config: CacheConfig,
+    specs: Sequence[KVCacheSpec],
+    dtype: torch.dtype,
+    weight_bytes: int,
+    max_tokens: int,
+    gpu: GPUMemory | None = None,
 ) -> KVCachePlan:
     """Decide the number of blocks. `max_tokens` is the most that can be in flight (max_num_seqs x max_model_len).
 
+    gpu: as measured; None: the cache lies in RAM.
     Raises ConfigError when the budget leaves no room for a single block.
     """
     bytes_per_token = kv_bytes_per_token(specs, dtype)
     bytes_per_block = bytes_per_token * config.block_size
-    device_bytes = device_memory_bytes()
+    device_bytes = device_memory_bytes() if gpu is None else gpu.total_bytes
     budget: int | None
     if config.num_gpu_blocks_override is not None:
         num_blocks, budget, rule = config.num_gpu_blocks_override, None, "num_gpu_blocks_override"
@@ -84,9 +101,11 @@ def plan_kv_cache(
         if config.kv_cache_memory_bytes is not None:
             budget, rule = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
         else:
-            budget = int(config.gpu_memory_utilization * device_bytes) - weight_bytes - config.reserved_memory_bytes
+            share = int(config.gpu_memory_utilization * device_bytes)
+            taken, what = (0, "the RAM minus the weights") if gpu is None else _taken_on_gpu(config, share, gpu)
+            budget = share - weight_bytes - taken - config.reserved_memory_bytes
             others = f" and {config.reserved_memory_bytes:,} bytes of others" if config.reserved_memory_bytes else ""
-            rule = f"{config.gpu_memory_utilization:.0%} of the RAM minus the weights{others} (gpu_memory_utilization)"
+            rule = f"{config.gpu_memory_utilization:.0%} of {what}{others} (gpu_memory_utilization)"
         num_blocks = budget // bytes_per_block
         if num_blocks < 2:
             raise ConfigError(
@@ -97,8 +116,31 @@ def plan_kv_cache(
     return KVCachePlan(num_blocks, config.block_size, bytes_per_token, weight_bytes, device_bytes, budget, rule)
 
 
+def _taken_on_gpu(config: CacheConfig, share: int, gpu: GPUMemory) -> tuple[int, str]:
+    """Bytes of the share that are neither weights nor cache, and the rule in words.
+
+    Raises ConfigError where others have so much of the GPU that the share is not there to be taken, as vLLM does.
+    """
+    if share - config.reserved_memory_bytes > gpu.free_bytes:
+        raise ConfigError(
+            f"gpu_memory_utilization {config.gpu_memory_utilization:g} is {share:,} of the GPU's {gpu.total_bytes:,} "
+            f"bytes, but only {gpu.free_bytes:,} were free at the start. Lower it to at most "
+            f"{int(100 * gpu.free_bytes / gpu.total_bytes) / 100:g}, or end what else runs there.",
+            parameter="gpu_memory_utilization",
+        )
+    parts = {"of one step": gpu.activation_bytes, "of CUDA graphs": gpu.graph_bytes, "beside torch": gpu.other_bytes}
+    words = ", ".join(f"{size:,} bytes {name}" for name, size in parts.items())
+    return sum(parts.values()), f"the GPU minus the weights, {words}"
+
+
 def allocate_kv_caches(
-    specs: Sequence[KVCacheSpec], num_blocks: int, block_size: int, dtype: torch.dtype, *, poison: bool = False
+    specs: Sequence[KVCacheSpec],
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    poison: bool = False,
 ) -> KVCache:
     """One (k_cache, v_cache) per attention layer, uninitialised: nobody may read a slot that was not written.
 
@@ -108,7 +150,7 @@ def allocate_kv_caches(
     for spec in specs:
         shape = (spec.num_kv_heads, num_blocks, block_size, spec.head_size)
         try:
-            pair = (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+            pair = (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
         except RuntimeError as error:  # torch's allocator: not enough memory
             raise ConfigError(
                 f"could not reserve a key/value cache of {num_blocks} blocks. Lower gpu_memory_utilization or "

@@ -7,6 +7,8 @@ not hold exactly the right token of the right prefix is an error. A stale hash, 
 with two writers or a wrong num_computed_tokens cannot pass. The next token is a function of prefix and seed only, so
 the right output of a request is known without any engine (`expected_output`).
 
+Drafts are verified as a real worker does it: written behind the newest token, and drawn from while they come true.
+
 It also checks the protocol: new requests are unknown, continued ones are known, finished and preempted ones vanish.
 """
 
@@ -77,6 +79,7 @@ class RequestState:
     num_computed_tokens: int
     seed: int
     is_pooling: bool
+    draft_token_ids: list[int]  # of the running step
 
 
 class FakeRunner:
@@ -99,19 +102,28 @@ class FakeRunner:
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             state = self.states[request_id]
             end = state.num_computed_tokens + num_tokens
-            is_finite, digest = self._read_context(request_id, state, end)
+            is_finite, digests = self._read_context(request_id, state, end)
             state.num_computed_tokens = end
             if not is_finite:
                 result.errors[request_id] = NAN
             elif end < len(state.token_ids):
                 continue
             elif state.is_pooling:
-                result.pooler_output[request_id] = [float(digest % 1000)]
+                result.pooler_output[request_id] = [float(digests[-1] % 1000)]
             else:
-                token_id = next_token_id(digest, state.seed)
-                result.sampled_token_ids[request_id] = [token_id]
-                state.token_ids.append(token_id)
+                result.sampled_token_ids[request_id] = self._draw(state, digests)
+                state.num_computed_tokens = len(state.token_ids) - 1
         return result
+
+    def _draw(self, state: RequestState, digests: list[int]) -> list[int]:
+        """The next token, and another one behind each draft that it equals."""
+        sampled = []
+        for digest, draft in zip(digests[len(state.token_ids) - 1 :], [*state.draft_token_ids, None], strict=True):
+            sampled.append(next_token_id(digest, state.seed))
+            if sampled[-1] != draft:
+                break
+        state.token_ids += sampled
+        return sampled
 
     def holds(self, block_id: int) -> list[tuple[int, int, int] | str | None]:
         """What lies in the slots of a block."""
@@ -125,6 +137,10 @@ class FakeRunner:
             self._add_state(new)
         for cached in step.scheduled_cached_reqs:
             self._continue_state(cached)
+        for request_id, state in self.states.items():
+            state.draft_token_ids = step.draft_token_ids.get(request_id, [])
+        if not set(step.draft_token_ids) <= {cached.request_id for cached in step.scheduled_cached_reqs}:
+            raise CacheError(f"drafts {step.draft_token_ids} for {step.num_scheduled_tokens}")
         told = [new.request_id for new in step.scheduled_new_reqs]
         told += [cached.request_id for cached in step.scheduled_cached_reqs]
         if sorted(told) != sorted(step.num_scheduled_tokens):
@@ -134,7 +150,7 @@ class FakeRunner:
         if new.request_id in self.states:
             raise CacheError(f"{new.request_id} is new, but the worker knows it")
         self.states[new.request_id] = RequestState(
-            list(new.token_ids), list(new.block_ids), new.num_computed_tokens, new.seed, new.sampling_params is None
+            list(new.token_ids), list(new.block_ids), new.num_computed_tokens, new.seed, new.sampling_params is None, []
         )
 
     def _continue_state(self, cached: CachedRequestData) -> None:
@@ -154,8 +170,9 @@ class FakeRunner:
             state = self.states[request_id]
             start = state.num_computed_tokens
             digest = prefix_digest(self.salt_of(request_id), state.token_ids[:start])
+            token_ids = state.token_ids + state.draft_token_ids
             for position in range(start, start + num_tokens):
-                token_id = state.token_ids[position]
+                token_id = token_ids[position]
                 digest = extend_digest(digest, token_id)
                 slot = self._slot(request_id, state, position)
                 if slot in written:
@@ -177,14 +194,17 @@ class FakeRunner:
             raise CacheError(f"{request_id} uses the null block")
         return state.block_ids[index] * self.block_size + position % self.block_size
 
-    def _read_context(self, request_id: str, state: RequestState, end: int) -> tuple[bool, int]:
+    def _read_context(self, request_id: str, state: RequestState, end: int) -> tuple[bool, list[int]]:
         """Check every slot of the context. NaN of this very step is read by requests that share the prefix and makes
         their logits NaN too; NaN of an earlier step must never be found again."""
         digest = root_digest(self.salt_of(request_id))
+        digests: list[int] = []  # of the prefix that ends in each position
+        token_ids = state.token_ids + state.draft_token_ids
         is_finite = True
         for position in range(end):
-            token_id = state.token_ids[position]
+            token_id = token_ids[position]
             digest = extend_digest(digest, token_id)
+            digests.append(digest)
             slot = self._slot(request_id, state, position)
             found = self.slots[slot]
             if slot in self.torn_now:
@@ -192,4 +212,4 @@ class FakeRunner:
             elif found != (token_id, position, digest):
                 wanted = (token_id, position, digest)
                 raise CacheError(f"{request_id} reads {found} at position {position}, wanted {wanted}")
-        return is_finite, digest
+        return is_finite, digests

@@ -543,6 +543,14 @@ def story_forced() -> Decision:
     return decision(scheduler.schedule(), "r")
 
 
+def story_verify() -> Decision:
+    scheduler = make_scheduler()
+    add(scheduler, make_request("r", [1, 2]))
+    run_step(scheduler)
+    scheduler.requests["r"].draft_token_ids = [8, 9]
+    return decision(scheduler.schedule(), "r")
+
+
 def story_prefill() -> Decision:
     scheduler = make_scheduler()
     add(scheduler, make_request("r", range(5)))
@@ -653,6 +661,12 @@ STORIES: dict[Callable[[], Decision], tuple[str, int, str]] = {
         3,
         "runs on: its newest token and the 2 behind it that its grammar leaves no choice about are computed together, "
         "and the next one drawn",
+    ),
+    story_verify: (
+        "verify",
+        3,
+        "runs on: its 1 missing token(s) and 2 draft(s) behind them are computed together, and the drafts that would "
+        "have been drawn anyway are kept",
     ),
     story_prefill: (
         "prefill",

@@ -1,18 +1,20 @@
 """The scheduler, the manager and the pool under random sequences of everything that can happen to them.
 
 A hypothesis state machine drives the real Scheduler with a FakeRunner, which knows what lies in every slot of the
-cache. Requests share prefixes, salts and children's prompts, pools are so small that preemption is the rule, and
-steps break in every way. After each rule the ten invariants hold:
+cache. Drafts, right and wrong ones, follow the newest tokens. Requests share prefixes, salts and children's prompts,
+pools are so small that preemption is the rule, and steps break in every way. After each rule the ten invariants hold:
 
  1. free and held blocks are all blocks, and no block is twice in the free queue, where nameless ones stand in front
     of named ones and the tail of a prefix in front of its head; a step takes its new blocks from the front;
  2. a block's ref_cnt is the number of tables that hold it;
  3. no slot is writable by two requests: blocks held twice are full and named, or computed by one of the holders;
- 4. a table covers exactly ceil(computed tokens / block_size) blocks, the step's own tokens included;
+ 4. a table covers exactly ceil(computed tokens / block_size) blocks, the step's own tokens and drafts included, or
+    what earlier drafts needed;
  5. every request is in exactly one of waiting, running, ended, and moves along the lifecycle only; nobody overtakes:
     running and waiting together are in order of arrival (by priority: the waiting ones by priority and arrival);
  6. a step schedules at most its budget, running requests first, and at most max_num_seqs run; who is cut, is cut by
     the budget or the threshold, and who waits though there is room, waits for blocks (or for room for all of it);
+    drafts follow only complete requests, and no token waits for one;
  7. a block's hash is the chain recomputed from scratch, and its slots hold just those tokens; a block is named by the
     step that fills it, and a lookup finds the longest prefix that has names;
  8. an ended request holds nothing: no block, no place in a queue, no state in the worker;
@@ -125,6 +127,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.parent_of: dict[bytes, bytes] = {}
         self.were_names_taken = False  # by a fault: then a block's copy may stand behind what follows it
         self.first_hit: dict[str, int] = {}  # tokens that the first admission found in the cache
+        self.num_owned: dict[tuple[str, int], int] = {}  # (request, its preemptions) -> blocks of its table
+        self.num_drafts = self.num_right = 0  # guesses behind each newest token, and how many of them are right
         self.num_forced = 0  # tokens that follow each drawn one without being drawn
         self.is_inside_step = False
 
@@ -206,6 +210,11 @@ class EngineMachine(RuleBasedStateMachine):
     def force(self, num_forced):
         """From now on grammars leave no choice so often."""
         self.num_forced = num_forced
+
+    @rule(num_drafts=st.sampled_from([0, 1, 2, 3, 6]), num_right=st.integers(0, 6))
+    def guess(self, num_drafts, num_right):
+        """From now on somebody guesses so many tokens, and is right so often."""
+        self.num_drafts, self.num_right = num_drafts, num_right
 
     @rule(reset=st.booleans())
     def look(self, reset):
@@ -289,6 +298,17 @@ class EngineMachine(RuleBasedStateMachine):
         for output in outputs:
             if output.new_token_ids and output.finish_reason is None:
                 self._append_forced(self.added[output.request_id])
+                self.added[output.request_id].draft_token_ids = self._guess(self.added[output.request_id])
+
+    def _guess(self, request: Request) -> list[int]:
+        """num_right tokens that will be drawn, then others."""
+        digest = prefix_digest(request.cache_salt, request.all_token_ids)
+        drafts: list[int] = []
+        for position in range(self.num_drafts):
+            token_id = next_token_id(digest, request.seed)
+            drafts.append(token_id if position < self.num_right else (token_id + 1) % VOCAB_SIZE)
+            digest = extend_digest(digest, drafts[-1])
+        return drafts
 
     def _append_forced(self, request: Request) -> None:
         """What would be drawn anyway, so that the reference stays right."""
@@ -365,9 +385,15 @@ class EngineMachine(RuleBasedStateMachine):
         assert reached == stayed[: len(reached)], "in order"
         assert len(reached) == len(stayed) or room == 0, "passed over although there was budget"
         assert len(reached) == len(stayed) or not step.scheduled_new_reqs, "running ones first"
+        assert not step.draft_token_ids or len(reached) == len(stayed), "no token waits for a draft"
         for request_id, num_tokens in scheduled.items():
             request = self.scheduler.requests[request_id]
             num_missing = request.num_tokens - request.num_computed_tokens
+            if drafts := step.draft_token_ids.get(request_id):
+                assert num_tokens == num_missing + len(drafts), "drafts are behind all tokens"
+                assert request.num_tokens + len(drafts) < self.largest, "one more is drawn behind them"
+                assert request.num_output_tokens + len(drafts) < request.max_tokens
+                num_tokens = num_missing
             is_cut_by_cap = is_capped and num_tokens == threshold
             # A victim may have given its share back to the budget after the cut.
             assert num_tokens == num_missing or is_cut_by_cap or room == 0 or step.preempted_req_ids
@@ -435,7 +461,10 @@ class EngineMachine(RuleBasedStateMachine):
         for request in self.scheduler.running:
             end = request.num_computed_tokens + step.num_scheduled_tokens.get(request.request_id, 0)
             table = self.tables[request.request_id].block_ids
-            assert len(table) == -(-end // self.block_size), "a table covers just the tokens of this step"
+            key = request.request_id, request.num_preemptions
+            self.num_owned[key] = max(self.num_owned.get(key, 0), -(-end // self.block_size))
+            assert len(table) == self.num_owned[key], "a table covers just the tokens of this step, and earlier drafts"
+            end -= len(step.draft_token_ids.get(request.request_id, ()))
             written = table[request.num_computed_tokens // self.block_size :]
             writers.update(written)
             num_filled = end // self.block_size - request.num_computed_tokens // self.block_size

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -139,6 +140,25 @@ def test_the_cache_config_says_what_tools_compute_the_capacity_from(web: Web):
     (labels,) = [dict(labels) for name, labels in samples if name == "vllm:cache_config_info"]
     assert (labels["block_size"], labels["num_gpu_blocks"], labels["enable_prefix_caching"]) == ("16", "64", "True")
     assert labels["kv_cache_size_tokens"] == str(63 * 16)
+
+
+def test_drafts_are_counted_under_vllms_names(tiny_model: Callable[[str], Path]):
+    """Only where there are any; the tiny model drafts for itself and is always right."""
+    folder = tiny_model("llama")
+    config = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
+    llm = LLM(folder, dtype="float32", num_gpu_blocks_override=64, speculative_config=config)
+    engine = AsyncEngine(llm.llm_engine)
+    try:
+        web = Web(engine)
+        web.complete(**{**SHORT, "max_tokens": 9})
+        samples = scrape(web)
+    finally:
+        engine.shutdown()
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    # 1 from the prompt, 1 + 3 twice.
+    assert [value(samples, f"vllm:spec_decode_{name}_total", engine="0") for name in names] == [2, 6, 6]
+    by_place = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [value(samples, by_place, position=str(place)) for place in range(3)] == [2, 2, 2]
 
 
 def test_two_applications_have_a_registry_each_and_the_global_one_is_left_alone(engine: AsyncEngine):

@@ -21,6 +21,14 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "one by one": {"max_num_seqs": 1},
     "small blocks": {"block_size": 4},
     "batch-invariant": {"batch_invariant": True},
+    "guessed": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "disable_by_batch_size": 64,
+        },
+    },
 }
 
 
@@ -37,6 +45,8 @@ def first_tokens(model: Path, cases: list[Case], **options: Any) -> list[list[in
     ]
     outputs = llm.generate([{"prompt_token_ids": case["prompt"]} for case in cases], params, use_tqdm=False)
     assert llm.llm_engine.scheduler.num_preemptions > 0 or "num_gpu_blocks_override" not in options
+    stats = llm.llm_engine.stats.spec_decode
+    assert stats is None or stats.num_draft_tokens > 0
     return [output.outputs[0].token_ids for output in outputs]
 
 

@@ -4,9 +4,12 @@ and an operation on another device looks to a test as if it had run here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
-from benchmarks.gpu import Step, Timer, comparison_row, decode_row, table
+from benchmarks.gpu import Step, Timer, comparison_row, decode_row, engine_rows, table
 from minivllm.kernels.reshape_and_cache import reshape_and_cache
 from tests.gpu.moved import MovedModule, moved, same_bits, to
 from tests.kernels.helpers import random_values
@@ -28,6 +31,12 @@ def test_the_rate_counts_keys_and_values_once():
     row = decode_row(TIMER, 2, 40, copy_rate=1e9)
     assert row["gb_per_s"] == row["fraction_of_copy"]
     assert round(row["gb_per_s"] * row["microseconds"] * 1e3) == 2 * 40 * 8 * 128 * 2 * 2
+
+
+def test_the_engines_table_has_a_line_per_number_of_requests(tiny_model: Callable[[str], Path]):
+    rows = engine_rows(str(tiny_model("llama")), "cpu", (1, 2), 2)
+    assert [row["requests"] for row in rows] == [1, 2]
+    assert all(row["ratio"] == row["graphs_tokens_per_s"] / row["eager_tokens_per_s"] > 0 for row in rows)
 
 
 def test_the_table_has_a_line_per_row():

@@ -205,10 +205,8 @@ MUTATIONS = (
         "stride of splits",
     ),
     Mutation("paged_attention", 'num_splits, other=float("-inf")', "num_splits, other=0.0", "neutral element of merge"),
-    Mutation(
-        "paged_attention", "tl.exp2(lse - tl.max(lse, axis=0))", "tl.exp(lse - tl.max(lse, axis=0))", "merge in base e"
-    ),
-    Mutation("paged_attention", "weights = weights / tl.sum(weights, axis=0)", "pass", "merge without the division"),
+    Mutation("paged_attention", "tl.exp2(lse - tl.where(largest", "tl.exp(lse - tl.where(largest", "merge in base e"),
+    Mutation("paged_attention", "weights = weights / tl.where(total > 0.0, total, 1.0)", "pass", "merge undivided"),
     Mutation("token_bitmask", "words < num_words", "words <= num_words", "mask of the words off by one"),
     Mutation("token_bitmask", "is_token = tokens < vocab_size", "is_token = tokens <= vocab_size", "mask off by one"),
     Mutation("token_bitmask", "row * logits_stride", "row * vocab_size", "stride of the logits ignored"),

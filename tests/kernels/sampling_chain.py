@@ -1,21 +1,14 @@
-"""The sampler's four operations one after the other, from the engine's own metadata: minivllm/sample in kernels.
-
-grammar mask ─▶ raw logits kept ─▶ mask of allowed and banned ids ─▶ logit_bias ─▶ penalties ─▶ draw ─▶ logprobs
-"""
+"""The sampler's four operations one after the other (worker/gpu_sampler.py), and what minivllm/sample says of it."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from minivllm.kernels.logprobs import Logprobs, logprobs
-from minivllm.kernels.penalties import logit_bias, penalties
-from minivllm.kernels.token_bitmask import token_bitmask
-from minivllm.kernels.top_k_top_p import Sampled, top_k_top_p_sample
 from minivllm.sample.metadata import SamplingMetadata, SamplingRow
-from minivllm.sample.random import uniform
-from minivllm.sample.sampler import sample
+from minivllm.sample.sampler import SamplerOutput, sample
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker.gpu_sampler import sample_on_device
 from tests.kernels.sampling_helpers import GuardedLogits, random_bitmask
 from tests.tolerances import LOGPROB_ATOL
 
@@ -56,75 +49,22 @@ def step(vocab_size: int) -> tuple[torch.Tensor, SamplingMetadata]:
     return logits, SamplingMetadata.from_requests(rows, bitmask)
 
 
-def sample_with_kernels(
-    logits: torch.Tensor,  # [num_reqs, vocab_size], spent afterwards
-    metadata: SamplingMetadata,
-    impl: str,
-) -> tuple[Sampled, Logprobs]:
-    """sampler.sample, by the operations of minivllm.kernels."""
-    assert metadata.grammar_bitmask is not None
-    token_bitmask(logits, metadata.grammar_bitmask, impl=impl)
-    raw = logits.clone()
-    token_bitmask(logits, _allowed_bits(metadata, logits.shape[1]), impl=impl)
-    biases = {row: (ids, bias) for row, (ids, bias) in metadata.logit_bias.items()}
-    logit_bias(logits, *_lists(len(logits), biases, torch.float32), impl=impl)
-    states = metadata.penalties
-    seen = {row: (state.token_ids, state.output_counts) for row, state in states.items()}
-    settings = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64).repeat(1, len(logits))
-    for row, state in states.items():
-        values = (state.repetition, state.frequency, state.presence)
-        settings[:, row] = torch.tensor(values, dtype=torch.float64)
-    penalties(logits, *_lists(len(logits), seen, torch.int32), *settings, impl=impl)
-    numbers = [uniform(*pair) for pair in zip(metadata.seeds, metadata.positions, strict=True)]
-    sampled = top_k_top_p_sample(
-        logits,
-        torch.tensor(metadata.temperature, dtype=torch.float64),
-        torch.tensor(metadata.top_k, dtype=torch.int32),
-        torch.tensor(metadata.top_p, dtype=torch.float64),
-        torch.tensor(metadata.min_p, dtype=torch.float64),
-        torch.tensor(numbers, dtype=torch.float64),
-        impl=impl,
-    )
-    return sampled, logprobs(raw, sampled.token_ids, NUM_TOP, impl=impl)
-
-
 def assert_the_engine_says_the_same(vocab_size: int, impl: str) -> None:
     """Tokens, ids and ranks are equal, log-probabilities up to rounding."""
     logits, metadata = step(vocab_size)
     expected = sample(logits.clone(), metadata)
-    sampled, found = sample_with_kernels(logits, metadata, impl)
-    assert sampled.token_ids.tolist() == expected.sampled_token_ids
+    found = sample_on_device(logits, metadata, impl=impl)
     assert len(expected.errors) == 1
-    for row, entry in enumerate(expected.logprobs):
-        if entry is not None:
-            assert [int(sampled.token_ids[row]), *found.top_token_ids[row].tolist()] == entry.token_ids
-            assert int(found.ranks[row]) == entry.rank
-            got = torch.cat([found.logprobs[row : row + 1], found.top_logprobs[row]]).double()
-            wanted = torch.tensor(entry.logprobs, dtype=torch.float64)
-            torch.testing.assert_close(got, wanted, atol=LOGPROB_ATOL, rtol=0)
+    assert_same_output(found, expected)
 
 
-def _allowed_bits(metadata: SamplingMetadata, vocab_size: int) -> torch.Tensor:  # [num_reqs, num_words] int32
-    """What allowed_token_ids and the banned ids leave."""
-    bits = np.ones((len(metadata.seeds), -(-vocab_size // 32) * 32), dtype=bool)
-    for row, ids in metadata.allowed_token_ids.items():
-        bits[row] = False
-        bits[row, ids] = True
-    for row, banned in metadata.banned_token_ids.items():
-        bits[row, banned] = False
-    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
-
-
-def _lists(
-    num_reqs: int, rows: dict[int, tuple[np.ndarray, np.ndarray]], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [num_reqs, longest] int32 and `dtype`, [num_reqs] int32
-    """rows: {row: (ids [num_ids], values [num_ids])}"""
-    longest = max(len(ids) for ids, _ in rows.values())
-    padded_ids = torch.full((num_reqs, longest), -1, dtype=torch.int32)
-    padded_values = torch.zeros(num_reqs, longest, dtype=dtype)
-    sizes = torch.zeros(num_reqs, dtype=torch.int32)
-    for row, (ids, values) in rows.items():
-        sizes[row] = len(ids)
-        padded_ids[row, : len(ids)] = torch.from_numpy(ids)
-        padded_values[row, : len(ids)] = torch.from_numpy(values)
-    return padded_ids, padded_values, sizes
+def assert_same_output(found: SamplerOutput, expected: SamplerOutput) -> None:
+    """Equal, log-probabilities up to rounding."""
+    assert found.sampled_token_ids == expected.sampled_token_ids
+    assert found.errors == expected.errors
+    for got, wanted in zip(found.logprobs, expected.logprobs, strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None and wanted is not None:
+            assert (got.token_ids, got.rank) == (wanted.token_ids, wanted.rank)
+            numbers = (torch.tensor(entry.logprobs, dtype=torch.float64) for entry in (got, wanted))
+            torch.testing.assert_close(*numbers, atol=LOGPROB_ATOL, rtol=0)

@@ -92,9 +92,22 @@ def test_decode_attention_is_within_a_quarter_of_its_bytes_by_the_model(
     assert report.decode_model(rows, target, batch, context).ratio <= 1.25
 
 
-def test_without_splits_one_long_request_would_miss_the_bound(rows: list[Row]):
-    """The model can say no."""
-    found = report.decode_model(rows, BY_ARCH["sm_90"], 1, 32 << 10, multiprocessors=1)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.arch)
+@pytest.mark.parametrize("bucket", [1 << 10, 4 << 10, 16 << 10, 32 << 10, 128 << 10])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_graph_cut_for_the_end_of_its_bucket_is_within_a_quarter_at_the_beginning(
+    rows: list[Row], target: Target, batch: int, bucket: int
+):
+    """worker/gpu.py rounds contexts up to a power of two: at worst nearly half of the splits have nothing to read."""
+    found = report.decode_model(rows, target, batch, bucket // 2 + 1, cut_for=bucket)
+    whole = report.decode_model(rows, target, batch, bucket)
+    assert found.ratio <= 1.25 and found.num_splits <= whole.num_splits // 2 + 1
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.arch)
+def test_without_splits_one_long_request_would_miss_the_bound(rows: list[Row], target: Target):
+    """The model can say no: a split rule that saw one multiprocessor only would break it on every GPU."""
+    found = report.decode_model(rows, target, 1, 32 << 10, multiprocessors=1)
     assert found.num_splits == 1
     assert found.ratio > 2
 

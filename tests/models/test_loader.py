@@ -299,6 +299,7 @@ def test_auto_is_what_the_checkpoint_was_trained_in_where_the_cpu_is_good_at_it(
     for has_instructions, expected in ((True, fast), (False, slow)):
         monkeypatch.setattr(loader, "has_bfloat16_instructions", lambda has=has_instructions: has)
         assert loader.resolve_dtype("auto", config, source) is expected
+        assert loader.resolve_dtype("auto", config, source, on_gpu=True) is fast
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])

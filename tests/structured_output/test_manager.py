@@ -82,7 +82,7 @@ def test_a_request_is_known_from_its_first_to_its_last_step():
     (a,), (b,) = BYTES.encode("a"), BYTES.encode("b")
     assert "r" in manager and len(manager) == 1
     assert manager.accept_tokens("r", [a]) == 1
-    row = manager.bitmasks(["r"])["r"]
+    row = manager.bitmasks({"r": ()})["r"]
     assert row[b // 32] >> (b % 32) & 1 and not row[a // 32] >> (a % 32) & 1
     assert manager.forced_tokens("r") == [b]
     assert not manager.is_complete("r")

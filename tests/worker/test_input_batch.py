@@ -150,6 +150,35 @@ def test_a_resumed_request_brings_its_output_along():
     assert state.row is not None and state.row.num_output_tokens == 3
 
 
+def test_drafts_follow_the_newest_token_and_each_has_a_row_of_logits():
+    a, b = make_state("A", 17, 17, 16, [4, 9]), make_state("B", 5, 5, 4, [3])
+    a.update(CachedRequestData("A", [], 16), [8, 9])
+    b.update(CachedRequestData("B", [], 4))
+    batch = InputBatch.build([a, b], [3, 1], BLOCK_SIZE)
+    assert batch.input_ids.tolist() == [1016, 8, 9, 1004] and batch.positions.tolist() == [16, 17, 18, 4]
+    assert batch.logits_indices.tolist() == [0, 1, 2, 3] and batch.sampling_states == [a, b]
+    assert batch.attention.seq_lens == [19, 5]
+    assert a.num_tokens == 17 and a.row is not None and a.row.num_output_tokens == 0  # none of them is a token
+
+
+def test_drafts_are_gone_with_the_next_step_and_a_token_takes_their_place():
+    state = make_state("A", 17, 17, 16, [4, 9])
+    state.update(CachedRequestData("A", [], 16), [8, 9])
+    state.append_token(7)
+    state.update(CachedRequestData("A", [], 17))
+    batch = InputBatch.build([state], [1], BLOCK_SIZE)
+    assert batch.input_ids.tolist() == [7] and batch.logits_indices.tolist() == [0] and state.draft_token_ids == []
+
+
+def test_a_batch_may_begin_elsewhere_than_its_states():
+    """A draft model's second forward: the first draft alone."""
+    state = make_state("A", 17, 17, 16, [4, 9])
+    state.update(CachedRequestData("A", [], 16), [8, 9])
+    batch = InputBatch.build([state], [1], BLOCK_SIZE, num_computed_tokens=[17])
+    assert batch.input_ids.tolist() == [8] and batch.positions.tolist() == [17]
+    assert batch.attention.slot_mapping.tolist() == [9 * BLOCK_SIZE + 1] and batch.attention.seq_lens == [18]
+
+
 def test_a_state_has_room_for_the_whole_context():
     state = make_state("A", 511, 511, 511, list(range(1, 33)))
     state.append_token(5)

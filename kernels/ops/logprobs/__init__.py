@@ -6,8 +6,8 @@
 
 A token id outside the vocabulary has logprob -inf and the last rank. A row with NaN or +inf, or with nothing but -inf,
 has no probabilities: its logprobs are NaN, its rank is the last, its top ids are -1.
-Called by nobody yet: on a CPU the engine samples with minivllm/sample, this is the same step for logits that live on a
-GPU. Twin in vLLM: Sampler.gather_logprobs in v1/sample/sampler.py, v1/worker/gpu/sample/logprob.py.
+Called by worker/gpu_sampler.py for logits on a GPU; on a CPU minivllm/sample does the same.
+Twin in vLLM: Sampler.gather_logprobs in v1/sample/sampler.py, v1/worker/gpu/sample/logprob.py.
 """
 
 from types import ModuleType

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minivllm.kernels.paged_attention.metadata import AttentionMetadata
+from minivllm.kernels.paged_attention.metadata import AttentionMetadata, StepTensors
 from minivllm.kernels.paged_attention.split import MAX_HEAD_SIZE, Launch, choose_launch, num_multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -197,7 +197,7 @@ def paged_attention_kernel(
         acc = acc * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         running_max = new_max
 
-    has_seen = running_sum > 0.0  # no row sees nothing, but a row may see nothing of this split
+    has_seen = running_sum > 0.0  # a row may see nothing of this split, and padding (seq_len 0) nothing at all
     running_sum = tl.where(has_seen, running_sum, 1.0)
     out = acc / running_sum[:, None]
     mask = is_row[:, None] & is_dim[None, :]
@@ -225,8 +225,10 @@ def merge_kernel(
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + splits.to(tl.int64) * num_pairs + pair, mask=splits < num_splits, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, axis=0))  # [SPLITS]; every row sees at least itself, so the maximum is finite
-    weights = weights / tl.sum(weights, axis=0)
+    largest = tl.max(lse, axis=0)
+    weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))  # [SPLITS]
+    total = tl.sum(weights, axis=0)
+    weights = weights / tl.where(total > 0.0, total, 1.0)  # 0: a row without context, the padding of a CUDA graph
     parts = tl.load(
         parts_ptr + (splits[:, None].to(tl.int64) * num_pairs + pair) * head_size + dims[None, :],
         mask=(weights > 0)[:, None] & (dims < head_size)[None, :],
@@ -237,16 +239,6 @@ def merge_kernel(
 
 
 # ------------------------------------------------------------------ the launch
-class StepTensors:
-    """A step's host lists on the device: made by the first layer of the step, shared by all of them."""
-
-    def __init__(self, metadata: AttentionMetadata, device: torch.device):
-        self.query_start_loc = torch.tensor(metadata.query_start_loc, dtype=torch.int32, device=device)
-        self.seq_lens = torch.tensor(metadata.seq_lens, dtype=torch.int32, device=device)
-        self.block_table = metadata.block_table.to(device=device, dtype=torch.int32).contiguous()
-        self.max_seq_len = max(metadata.seq_lens)
-
-
 def _as_stored(cache: torch.Tensor) -> torch.Tensor | triton.runtime.jit.TensorWrapper:
     """cache [num_kv_heads, num_blocks, block_size, head_size], with a type that Triton has for this GPU: before sm_89
     it knows e4m3 with another bias only."""
@@ -274,7 +266,7 @@ def paged_attention(
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """See the package's docstring. Fills metadata.plan on the first call of a step. launch: None chooses one."""
     if metadata.plan is None:
-        metadata.plan = StepTensors(metadata, query.device)
+        metadata.plan = StepTensors.of(metadata, query.device)
     step = metadata.plan
     assert isinstance(step, StepTensors), step
     num_tokens, num_heads, head_size = query.shape

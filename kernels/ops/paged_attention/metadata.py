@@ -1,8 +1,8 @@
 """AttentionMetadata: who owns which rows of a step and where each request's keys and values lie.
 
 An argument of every attention call, never a global. Knows no scheduler and no model. Built by worker/input_batch once
-per step; read by paged_attention and its implementations. Twin in vLLM: CommonAttentionMetadata in
-v1/attention/backend.py.
+per step; read by paged_attention and its implementations. On a GPU its lists are StepTensors as well, which
+worker/gpu.py keeps at fixed addresses. Twin in vLLM: CommonAttentionMetadata in v1/attention/backend.py.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,29 @@ class AttentionMetadata:
     def num_tokens(self) -> int:
         """Query rows in this step, over all requests."""
         return self.query_start_loc[-1]
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """A step's lists where a GPU reads them, shared by all layers: what `AttentionMetadata.plan` is there.
+
+    A request may have no context (seq_len 0, slot -1): nothing is read for it, and its row becomes 0.
+    """
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
+    seq_lens: torch.Tensor  # [num_reqs] int32
+    block_table: torch.Tensor  # [num_reqs, max_blocks_per_req] int32
+    max_seq_len: int  # the launch is cut for it: no context of the step is longer, in tokens
+
+    @classmethod
+    def of(cls, metadata: AttentionMetadata, device: torch.device) -> "StepTensors":
+        """Copies the lists to the device."""
+        return cls(
+            torch.tensor(metadata.query_start_loc, dtype=torch.int32, device=device),
+            torch.tensor(metadata.seq_lens, dtype=torch.int32, device=device),
+            metadata.block_table.to(device=device, dtype=torch.int32).contiguous(),
+            max(metadata.seq_lens),
+        )
 
 
 def validate_metadata(metadata: AttentionMetadata, num_blocks: int) -> None:

@@ -9,8 +9,8 @@ A logit that is not finite stays as it is: masked stays masked, NaN stays visibl
 
 Ids outside the vocabulary are ignored. A row names each id at most once. Lists are padded, like a block table: what
 stands behind the first `num_seen` entries may be anything.
-Called by nobody yet: on a CPU the engine samples with minivllm/sample, this is the same step for logits that live on a
-GPU. Twin in vLLM: v1/sample/ops/penalties.py and apply_penalties in csrc; logit_bias: v1/sample/logits_processor.
+Called by worker/gpu_sampler.py for logits on a GPU; on a CPU minivllm/sample does the same.
+Twin in vLLM: v1/sample/ops/penalties.py and apply_penalties in csrc; logit_bias: v1/sample/logits_processor.
 """
 
 from types import ModuleType

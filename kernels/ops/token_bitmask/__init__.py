@@ -4,8 +4,8 @@
 
 Everything else keeps its bits, NaN too. Bits behind the vocabulary mean nothing. The mask of allowed_token_ids and
 banned ids is of the same kind, so a second call serves them.
-Called by nobody yet: on a CPU the engine samples with minivllm/sample, this is the same step for logits that live on a
-GPU. Twin in vLLM: apply_grammar_bitmask in v1/structured_output/utils.py, xgrammar's apply_token_bitmask_inplace.
+Called by worker/gpu_sampler.py for logits on a GPU; on a CPU minivllm/sample does the same.
+Twin in vLLM: apply_grammar_bitmask in v1/structured_output/utils.py, xgrammar's apply_token_bitmask_inplace.
 """
 
 from types import ModuleType

@@ -11,8 +11,8 @@ own logits, settings and uniform number alone, so a request draws the same alone
 are those of minivllm/sample/random.py, one for (seed, position): CPU and GPU then draw the same token up to rounding.
 
 A row with NaN or +inf, or with nothing but -inf, has no distribution: its token is -1 and it keeps nothing.
-Called by nobody yet: on a CPU the engine samples with minivllm/sample, this is the same step for logits that live on a
-GPU. Twin in vLLM: v1/sample/ops/topk_topp_sampler.py and topk_topp_triton.py.
+Called by worker/gpu_sampler.py for logits on a GPU; on a CPU minivllm/sample does the same.
+Twin in vLLM: v1/sample/ops/topk_topp_sampler.py and topk_topp_triton.py.
 """
 
 from types import ModuleType
