@@ -11,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from chart import draw
 from engine_process import HERE, Engine, EngineFailed, Unsupported
 from machine import describe, has_fast_bf16, limits, num_cores
 from rich.console import Console
@@ -145,8 +147,8 @@ def main(
     workload_names = workloads.split(",")
     if unknown := set(workload_names) - set(NAMES):
         raise typer.BadParameter(f"unknown workloads {sorted(unknown)}; choose from {', '.join(NAMES)}")
-    if chart:
-        from chart import draw  # now, not after an hour
+    if chart and not find_spec("matplotlib"):  # said now, not after an hour
+        raise typer.BadParameter("--chart needs matplotlib: pip install -e .[chart]")
     machine = describe()
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bf16(machine["flags"]) else "float32"

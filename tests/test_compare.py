@@ -114,6 +114,19 @@ def test_rows_have_rates_ratios_and_the_share_of_the_limit(measured):
     assert peer_prefix["share_of_limit"] is None
 
 
+def test_a_bar_has_the_range_of_its_rounds_and_the_limit_of_its_weights(compare, measured):
+    from chart import TITLES, rate_bar, ratio_bar
+
+    _, (ours, peer, _, peer_prefix) = measured
+    bar = rate_bar(peer)
+    assert (bar["value"], bar["low"], bar["high"]) == (32.0, 16.0, 64.0)
+    assert (bar["texts"], rate_bar(ours)["texts"]) == (("32", "2.00 x"), ("64", ""))
+    assert round(bar["limit"]) == 250  # 4 MB at 1 GB/s
+    assert ratio_bar(peer_prefix)["texts"] == ("20.0%", "2")
+    assert (ratio_bar(peer_prefix)["low"], ratio_bar(peer_prefix)["high"]) == (0.1, 0.2)
+    assert set(TITLES) == set(compare.NAMES)
+
+
 def test_speculation_has_no_limit_of_a_token_a_step(compare, make_engine):
     engine = make_engine("ours+ngram", speculative_config={"method": "ngram"})
     engine.info, engine.seconds = {"dtype": "float32"}, {"single": [[1.0]]}
