@@ -38,6 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gguf": {"quantization": "gguf"},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
+    # Both forms in memory: few bits for a few requests at a time, 16 for many.
+    "gguf-16": {"quantization": "gguf+bf16"},
+    "int4-16": {"quantization": "int4+bf16"},
     "compile": {"compile": True},
     "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 6}},
 }

@@ -66,8 +66,8 @@ def summarise(
 ) -> dict[str, Any]:
     """One row: median and range over the rounds, rate, share of the limit, how much faster each of `ours` is.
 
-    share_of_limit is None where there is none to name: a batch that another one has prepared, or steps that yield more
-    than one token. ratio_to_first: seconds of the last batch over those of the first, where there are two.
+    share_of_limit is None where there is none to name: a batch that another one has prepared, or see _has_limit.
+    ratio_to_first: seconds of the last batch over those of the first, where there are two.
     """
     measured, rounds = batches[-1], engine.seconds[workload]
     seconds = [batch_seconds[-1] for batch_seconds in rounds]
@@ -89,7 +89,7 @@ def summarise(
     }
     if len(batches) > 1:
         row["ratio_to_first"] = _median_and_range([last / first for first, *_, last in rounds])
-    elif "speculative_config" not in engine.options:
+    elif _has_limit(engine.options):
         weight_bytes = engine.info.get("weight_bytes") or size.num_parameters * DTYPE_BYTES[engine.info["dtype"]]
         row["share_of_limit"] = least_seconds(measured.requests, size, weight_bytes, limit) / median
     for own in ours:
@@ -99,6 +99,11 @@ def summarise(
             pairs = zip(seconds, own_rounds, strict=True)
             row["times_faster"][own.name] = _median_and_range([peer / batch[-1] for peer, batch in pairs])
     return row
+
+
+def _has_limit(options: dict[str, Any]) -> bool:
+    """False where a step yields more than one token, or reads only one of two forms of the weights."""
+    return "speculative_config" not in options and "+" not in options.get("quantization", "")
 
 
 def _median_and_range(values: list[float]) -> dict[str, float]:

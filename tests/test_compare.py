@@ -127,8 +127,9 @@ def test_a_bar_has_the_range_of_its_rounds_and_the_limit_of_its_weights(compare,
     assert set(TITLES) == set(compare.NAMES)
 
 
-def test_speculation_has_no_limit_of_a_token_a_step(compare, make_engine):
-    engine = make_engine("ours+ngram", speculative_config={"method": "ngram"})
+@pytest.mark.parametrize("options", [{"speculative_config": {"method": "ngram"}}, {"quantization": "int4+bf16"}])
+def test_no_limit_is_named_where_a_step_is_not_all_weights_for_a_token(compare, make_engine, options):
+    engine = make_engine("ours+variant", **options)
     engine.info, engine.seconds = {"dtype": "float32"}, {"single": [[1.0]]}
     limit = {"read_gb_per_s": 1.0, "gemm_float32_gflop_per_s": 100.0}
     batches = compare.batches_of_round("single", 0)

@@ -16,7 +16,7 @@ class Ours:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         # "gguf" keeps the weights as that file has them: the same model in the file's own format.
-        model = setup.gguf if setup.options.get("quantization") == "gguf" else setup.model
+        model = setup.gguf if setup.options.get("quantization", "").startswith("gguf") else setup.model
         self.llm = LLM(model=model, dtype=setup.dtype, **setup.options)
         self.info = {
             "version": minivllm.__version__,
