@@ -135,11 +135,13 @@ def _table(workload: str, batches: list[Batch], rows: list[dict[str, Any]]) -> T
             f"{row['min_seconds']:.3g} - {row['max_seconds']:.3g}",
             f"{row['tokens_per_second']:.1f}",
             "" if share is None else f"{share:.0%}",
-            *(ratio_text(row["times_faster"].get(name)) for name in ours),
+            *(_ratio_text(row["times_faster"].get(name), with_range=len(ours) == 1) for name in ours),
         )
     return table
 
 
-def ratio_text(ratio: dict[str, float] | None) -> str:
-    """'1.31 x (1.25 - 1.40)', or nothing."""
-    return f"{ratio['median']:.2f} x ({ratio['min']:.2f} - {ratio['max']:.2f})" if ratio else ""
+def _ratio_text(ratio: dict[str, float] | None, with_range: bool) -> str:
+    """'1.31 x (1.25 - 1.40)'; without the range where many columns need the room; or nothing."""
+    if ratio is None:
+        return ""
+    return f"{ratio['median']:.2f} x" + (f" ({ratio['min']:.2f} - {ratio['max']:.2f})" if with_range else "")
