@@ -7,7 +7,7 @@ model, for several minutes on two cores; -s shows how far they are.
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 
 import pytest
@@ -24,6 +24,7 @@ BLOCKS = 1.5  # block operations at 100,000 blocks, of those at 1,000
 WAITING = 1.5  # a step with 4,096 in line, of one with 1
 MICROSECONDS_PER_REQUEST = 5.0
 OUTPUT_TOKENS = 4000
+TURNS = 50
 OUTPUT = 1.1  # a step after many output tokens, of one at the same context after a prompt
 
 
@@ -36,7 +37,7 @@ def prompt(num_tokens: int) -> dict[str, list[int]]:
     return {"prompt_token_ids": [random.randrange(20, 49_000) for _ in range(num_tokens)]}
 
 
-def decode_steps(engine: LLMEngine, num_requests: int, context: int, num_steps: int) -> list[float]:
+def start_decoding(engine: LLMEngine, num_requests: int, context: int, num_steps: int) -> Generator[float, None, None]:
     """Seconds of each of `num_steps` steps that only decode, with prompts of `context` tokens."""
     # A prompt that is done already decodes while the others are read.
     params = SamplingParams(temperature=0, max_tokens=num_steps + num_requests + 10, ignore_eos=True)
@@ -44,14 +45,10 @@ def decode_steps(engine: LLMEngine, num_requests: int, context: int, num_steps: 
     try:
         while len(engine.step()) < num_requests:
             pass
-        seconds = []
-        for index in range(num_steps):
+        for _ in range(num_steps):
             start = time.perf_counter()
             engine.step()
-            seconds.append(time.perf_counter() - start)
-            if index % 500 == 499:
-                print(f"  {index + 1} of {num_steps} tokens, {1000 * min(seconds[-50:]):.1f} ms a step", flush=True)
-        return seconds
+            yield time.perf_counter() - start
     finally:
         for request_id in ids:
             engine.abort_request(request_id)
@@ -72,7 +69,7 @@ def test_a_step_of_a_batch(engine: LLMEngine) -> None:
     best = dict.fromkeys(BATCHES, float("inf"))
     for turn in range(3):
         for num_requests in BATCHES:
-            best[num_requests] = min(best[num_requests], *decode_steps(engine, num_requests, 64, 10))
+            best[num_requests] = min(best[num_requests], *start_decoding(engine, num_requests, 64, 10))
         print(f"\nturn {turn + 1} of 3, ms:", {n: round(1000 * seconds, 1) for n, seconds in best.items()}, flush=True)
     ratios = {num_requests: seconds / best[1] for num_requests, seconds in best.items()}
     print("times one request:", {n: round(ratio, 2) for n, ratio in ratios.items()})
@@ -84,7 +81,7 @@ def test_a_step_at_a_long_context(engine: LLMEngine) -> None:
     best = dict.fromkeys(CONTEXTS, float("inf"))
     for turn in range(2):
         for context in CONTEXTS:
-            best[context] = min(best[context], *decode_steps(engine, 1, context, 20))
+            best[context] = min(best[context], *start_decoding(engine, 1, context, 20))
             print(f"\nturn {turn + 1} of 2, context {context}: {1000 * best[context]:.2f} ms", flush=True)
     first, _, third, last = CONTEXTS
     line = best[first] + (best[third] - best[first]) * (last - first) / (third - first)
@@ -115,13 +112,22 @@ def test_a_running_request_costs_little(num_running: int) -> None:
 
 
 def test_a_step_late_in_an_answer(engine: LLMEngine) -> None:
-    """Step k and step k + 1000 differ by their context alone: nothing walks over what was already written."""
-    long_answer = decode_steps(engine, 1, 16, OUTPUT_TOKENS)
+    """Step k and step k + 1000 differ by their context alone: nothing walks over what was already written.
+
+    Two engines: one is in a long answer, the other one gets a prompt of that length, and they step in turns.
+    """
+    other = LLM(max_model_len=8192, enable_prefix_caching=False).llm_engine
+    writing = start_decoding(engine, 1, 16, OUTPUT_TOKENS + 200)
     ratios = {}
     for done in range(1000, OUTPUT_TOKENS + 1, 1000):
-        late = min(long_answer[done - 50 : done])
-        ratios[done] = late / min(decode_steps(engine, 1, 16 + done - 25, 50))
-    early = min(long_answer[10:60])
-    print(f"\nat {OUTPUT_TOKENS} output tokens {late / early:.2f} times the step at 10")
-    print("times a step at the same context after a prompt:", {n: round(ratio, 3) for n, ratio in ratios.items()})
+        for _ in range(1000 - TURNS):
+            next(writing)
+        fresh = start_decoding(other, 1, 16 + done - TURNS, TURNS)
+        late, early = zip(*((next(writing), next(fresh)) for _ in range(TURNS)), strict=True)
+        fresh.close()
+        ratios[done] = min(late) / min(early)
+        print(
+            f"\nafter {done} tokens {1000 * min(late):.2f} ms, {ratios[done]:.3f} times that after a prompt", flush=True
+        )
+    writing.close()
     assert max(ratios.values()) <= OUTPUT, ratios
