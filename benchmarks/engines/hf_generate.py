@@ -1,8 +1,10 @@
 """Adapter: transformers' generate in static batches of 16, padded on the left. Runs in the peer "transformers"."""
 
+from typing import Any
+
 import torch
 import transformers
-from protocol import Request, serve
+from protocol import Request, Setup, refuse_options, serve
 from transformers import AutoModelForCausalLM
 
 BATCH_SIZE = 16
@@ -11,12 +13,15 @@ BATCH_SIZE = 16
 class HuggingFaceGenerate:
     """A static batch runs until its longest request is done; what others generate beyond their share is thrown away."""
 
-    def __init__(self, model: str, dtype: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-        self.info = {"version": transformers.__version__, "torch": torch.__version__, "dtype": dtype}
+    def __init__(self, setup: Setup) -> None:
+        refuse_options(setup.options)
+        torch.set_num_threads(setup.threads)
+        self.model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=setup.dtype).eval()
+        self.info = {"version": transformers.__version__, "torch": torch.__version__, "dtype": setup.dtype}
 
-    def generate(self, requests: list[Request]) -> list[list[int]]:
+    def generate(self, requests: list[Request], json_schema: dict[str, Any] | None) -> list[list[int]]:
+        if json_schema is not None:
+            raise NotImplementedError("transformers has no structured output")
         outputs: list[list[int]] = []
         for first in range(0, len(requests), BATCH_SIZE):
             outputs += self._generate_batch(requests[first : first + BATCH_SIZE])
