@@ -19,6 +19,7 @@ from minivllm.errors import ConfigError, show
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+QUANTIZATIONS = ("int8", "int4", "gguf")  # what weights become on loading; gguf: what they are in the file
 GENERATION_CONFIGS = ("auto", "vllm")  # the model's own sampling defaults, or none
 DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is asked for, not stumbled into
 
@@ -166,14 +167,14 @@ def check_generation_config(value: Any) -> None:
     _check_choice("generation_config", value, GENERATION_CONFIGS)
 
 
-def check_quantization(requested: str | None, is_gguf: bool) -> None:
-    """Raise ConfigError unless the weights are, or need not be, in the format that is asked for."""
-    if requested in (None, "none") or (requested == "gguf" and is_gguf):
-        return
-    is_known = requested == "gguf"
-    raise ConfigError(
-        "quantization must be left out: "
-        + ("gguf is for .gguf files, and this model is none." if is_known else f"{show(requested)} is not built yet.")
-        + " A quantised model is loaded from a .gguf file, whose weights are made whole when they are read.",
-        parameter="quantization",
-    )
+def check_quantization(requested: str | None, is_gguf: bool) -> str | None:
+    """ "int8", "int4", "gguf" or None, for a model from a GGUF file or another one. Raises ConfigError."""
+    name = None if requested == "none" else requested
+    if name is not None:
+        _check_choice("quantization", name, QUANTIZATIONS)
+    if name == "gguf" and not is_gguf:
+        raise ConfigError(
+            "quantization gguf is for .gguf files, and this model is none: int8 and int4 quantise any model.",
+            parameter="quantization",
+        )
+    return name

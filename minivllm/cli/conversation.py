@@ -59,6 +59,7 @@ def chat(
     seed: options.SeedOption = None,
     stop: options.StopOption = None,
     dtype: options.DtypeOption = "auto",
+    quantization: options.QuantizationOption = None,
     max_model_len: options.MaxModelLenOption = None,
     gpu_memory_utilization: options.UtilizationOption = 0.25,
     kv_cache_memory_bytes: options.CacheBytesOption = None,

@@ -27,6 +27,16 @@ DtypeOption = Annotated[
         metavar="NAME", help="auto (what the model's files say), float32 or bfloat16.", rich_help_panel=ENGINE
     ),
 ]
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        "-q",
+        metavar="NAME",
+        help="Weights in few bits: int8, int4, or gguf (as a .gguf file has them). Not given, or none: in the dtype.",
+        rich_help_panel=ENGINE,
+    ),
+]
 MaxModelLenOption = Annotated[
     int | None,
     typer.Option(

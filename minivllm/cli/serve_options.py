@@ -172,10 +172,6 @@ GenerationConfigOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-QuantizationOption = Annotated[
-    str | None,
-    typer.Option("--quantization", "-q", metavar="NAME", help="none, or gguf for a .gguf file.", rich_help_panel=MODEL),
-]
 SpeculativeOption = Annotated[
     str | None, typer.Option(metavar="JSON", help="JSON. Not built yet: refused, unless null.", rich_help_panel=MODEL)
 ]

@@ -287,7 +287,7 @@ class LLMEngine:
             reserved_memory_bytes=reserved_memory_bytes,
         )
         facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress)
-        check_quantization(quantization, facts.source.kind == "gguf")
+        quantization = check_quantization(quantization, facts.source.kind == "gguf")
         model_config = facts.model_config
         is_encoder = model_config.is_encoder
         if is_encoder:  # nothing is cached, and every token sees every other: whole prompts only
@@ -313,7 +313,7 @@ class LLMEngine:
             loader.load_model(
                 facts.source,
                 facts.hf_config,
-                ModelOptions(facts.dtype, batch_invariant, impl),
+                ModelOptions(facts.dtype, batch_invariant, impl, quantization),
                 show_progress=show_progress,
             ),
             facts.dtype,
