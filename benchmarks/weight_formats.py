@@ -3,8 +3,8 @@
     python benchmarks/weight_formats.py
 
 Shapes of SmolLM2-135M. Every format has the layers' weights of its own, so that none is left in the cache from the call
-before; the formats take turns, and the fastest round counts. One thread's CPU time: what other processes do then matters
-little. Compare figures of one run only.
+before; the formats take turns, and the fastest round counts. One thread's CPU time: other processes then matter little.
+Compare figures of one run only.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from minivllm.worker.executor import keep_freed_memory
 LAYER = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}  # out x in
 HEAD = {"head": (49_152, 576)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
-NAMES = ("packed", "int8", "int4")
+NAMES = ("packed", "int8", "int4", "int4+bf16")
 
 
 def seconds_of(shapes: dict[str, tuple[int, int]], num_layers: int, rounds: int) -> dict[tuple[int, str], float]:

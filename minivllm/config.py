@@ -19,7 +19,8 @@ from minivllm.errors import ConfigError, show
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULING_POLICIES = ("fcfs", "priority")
-QUANTIZATIONS = ("int8", "int4", "gguf")  # what weights become on loading; gguf: what they are in the file
+# What weights become on loading; gguf: what they are in the file; +bf16: and bfloat16, for steps of many tokens.
+QUANTIZATIONS = ("int8", "int4", "gguf", "int4+bf16", "gguf+bf16")
 GENERATION_CONFIGS = ("auto", "vllm")  # the model's own sampling defaults, or none
 DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is asked for, not stumbled into
 
@@ -168,13 +169,13 @@ def check_generation_config(value: Any) -> None:
 
 
 def check_quantization(requested: str | None, is_gguf: bool) -> str | None:
-    """ "int8", "int4", "gguf" or None, for a model from a GGUF file or another one. Raises ConfigError."""
+    """One of QUANTIZATIONS or None, for a model from a GGUF file or another one. Raises ConfigError."""
     name = None if requested == "none" else requested
     if name is not None:
         _check_choice("quantization", name, QUANTIZATIONS)
-    if name == "gguf" and not is_gguf:
+    if name is not None and name.startswith("gguf") and not is_gguf:
         raise ConfigError(
-            "quantization gguf is for .gguf files, and this model is none: int8 and int4 quantise any model.",
+            f"quantization {name} is for .gguf files, and this model is none: int8 and int4 quantise any model.",
             parameter="quantization",
         )
     return name

@@ -50,8 +50,9 @@ class LLM:
         impl: of the kernels: "auto" is the fastest one here; "reference", "cpu", "triton" are for comparisons.
         speculative_config: must be None; speculative decoding is not built yet.
         tensor_parallel_size: must be 1; one engine computes on one device.
-        quantization: None: weights in dtype. "int8" or "int4": rounded to 8 or 4 bits; "gguf": a .gguf file's weights
-            of 4 and 8 bits as they are. Less memory, faster for a few requests at a time; not the same numbers.
+        quantization: None: weights in dtype. "int8", "int4": rounded to so many bits. "gguf": a .gguf file's weights of
+            4 and 8 bits as they are. Faster for a few requests at a time, not the same numbers, and less memory;
+            "int4+bf16", "gguf+bf16": more memory, and as fast as without for many requests.
         generation_config: "auto": sampling defaults are the model's own; "vllm": they are SamplingParams'.
         chat_template: jinja text, or a file with it, in place of the model's own.
         seed: of requests that bring none.

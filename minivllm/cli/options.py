@@ -33,7 +33,8 @@ QuantizationOption = Annotated[
         "--quantization",
         "-q",
         metavar="NAME",
-        help="Weights in few bits: int8, int4, or gguf (as a .gguf file has them). Not given, or none: in the dtype.",
+        help="Weights in few bits: int8, int4, gguf (as a .gguf file has them); int4+bf16, gguf+bf16: more memory, "
+        "faster for many requests. Not given, or none: in the dtype.",
         rich_help_panel=ENGINE,
     ),
 ]

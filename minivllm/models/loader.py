@@ -197,7 +197,7 @@ def load_model(
             parameter="model",
         ) from error
     with torch.no_grad():
-        own_bits = options.quantization == "gguf"
+        own_bits = (options.quantization or "").startswith("gguf")
         weights = iterate_weights(source, hf_config, options.dtype, own_bits=own_bits, show_progress=show_progress)
         model.load_weights(weights)
     loaded: torch.nn.Module = model.requires_grad_(False).eval()

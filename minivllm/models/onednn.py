@@ -101,8 +101,8 @@ def find_tiles(packed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor | None
 
     Valid as long as `packed` lives. packed: opaque; plain: [out_features, in_features], the same weight.
     oneDNN's inner-product layouts are tiles [columns / group, rows, group]; group is 2 or 4 where the CPU multiplies
-    pairs of bfloat16 or four bytes at once. The tile's size differs by CPU and dtype, so it is searched for: 0.5 ms, plus
-    a whole check.
+    pairs of bfloat16 or four bytes at once. The tile's size differs by CPU and dtype, so it is searched for: 0.5 ms,
+    plus a whole check.
     """
     values = memory(packed, packed.dtype)  # [num_values], padding included; int8: and 4 bytes a row behind the tiles
     num_rows, num_columns = plain.shape

@@ -15,8 +15,8 @@ default model 4.3 % of perplexity, nearly all the loss there is: a few of its ac
 scale. So a row becomes two rows of codes, 256 * high + low, and the two products are added: 16 bits of rows, 0.3 % of
 perplexity. Up to some ten rows that is free, because the weights are read once either way. Sums are exact integers.
 
-**Many rows leave int8.** From WIDE_ROWS on, rounding the rows (elementwise, in torch) costs more than the product. Codes
-are exact in bfloat16, so they are widened into a temporary and multiplied as such, the scales follow.
+**Many rows leave int8.** From WIDE_ROWS on, rounding the rows (elementwise, in torch) costs more than the product.
+Codes are exact in bfloat16, so they are widened into a temporary and multiplied as such, the scales follow.
 
 Guards (`why_not`): torch's operations crash or are wrong outside their shapes and CPUs. Without VNNI, 8-bit products go
 through 16-bit sums that overflow.
@@ -63,20 +63,24 @@ def choose_kind(
         if stored is None:
             return None, "torch has no product for the format it is stored in"
         name = f"int{stored}"
-    if batch_invariant:
-        name, ending = "int8", ""
-    if reason := why_not(name, shape, dtype):
-        return None, reason
-    return name + (ending if name == "int4" else ""), ""
+    if name == "int8" and ending:
+        return None, ""  # beside bfloat16, which is faster for many rows, 8 bits gain little
+    kind = "int8" if batch_invariant else name + ending
+    reason = why_not(kind, shape, dtype)
+    return (None, reason) if reason else (kind, "")
 
 
 def why_not(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> str:
     """Why torch cannot multiply a weight of this shape in this kind; "" if it can. dtype: of the rows."""
-    if not torch.cpu._is_vnni_supported():
+    if kind.endswith(KEEP_BFLOAT16) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bfloat16 products"
+    if not kind.endswith(KEEP_BFLOAT16) and not torch.cpu._is_vnni_supported():
         return "this CPU has no 8-bit products (VNNI)"
-    if kind == "int4" and dtype != torch.bfloat16:
+    if kind == "int8":
+        return ""
+    if dtype != torch.bfloat16:
         return f"4-bit products are fast in bfloat16 only, and the dtype is {str(dtype).removeprefix('torch.')}"
-    if kind == "int4" and (shape[0] % 16 or shape[1] % GROUP_SIZE):
+    if shape[0] % 16 or shape[1] % GROUP_SIZE:
         return f"4 bits need a multiple of 16 rows and of {GROUP_SIZE} columns, it has {shape[0]} x {shape[1]}"
     return ""
 
@@ -140,15 +144,15 @@ class Int8Weight(nn.Module):
     def _wide_product(self, rows: torch.Tensor) -> torch.Tensor:  # [num_rows, in_features] -> [num_rows, out_features]
         assert self.tiles is not None
         quads = self.tiles.view(torch.int32).squeeze(-1).permute(0, 3, 1, 2)  # four columns in one value: a fast copy
-        codes = quads.flatten(2).flatten(0, 1).view(torch.int8)[: self.shape[0], : self.shape[1]]
+        codes = quads.flatten(2).flatten(0, 1).contiguous().view(torch.int8)[: self.shape[0], : self.shape[1]]
         return onednn.linear(rows, codes.to(rows.dtype)).mul_(self.scales.to(rows.dtype))
 
 
 def two_digits(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """row = scale * (DIGIT * high + low).
 
-    rows: [num_rows, in_features] -> digits + 128 [2 * num_rows, in_features] uint8, the high ones of all rows before the
-    low ones, and scales [num_rows, 1] fp32.
+    rows: [num_rows, in_features] -> digits + 128 [2 * num_rows, in_features] uint8, the high ones of all rows before
+    the low ones, and scales [num_rows, 1] fp32.
     """
     num_rows = rows.shape[0]
     wide = rows.float()
@@ -164,7 +168,8 @@ def two_digits(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Int4Weight(nn.Module):
     """weight[o, i] = (code[o, i] - 8) * scale[o, g] + middle[o, g], g = i // GROUP_SIZE; and a form for more rows.
 
-    Scales and middles are bfloat16: they move a weight by at most 2 % of the step between two codes.
+    Scales and middles are bfloat16, as the weights of an unquantised model are: a weight moves by at most 3 % of the
+    step between two codes, and by 1 / 256 of its group's middle.
     A plain weight is rounded: every value to the nearest of its group's 16 levels. keep_bfloat16: the other form is
     the packed weight that an unquantised model has, else it is an Int8Weight.
     """
