@@ -203,8 +203,12 @@ class Linear(nn.Module):
     def _putter(self, kind: str, shard: str) -> Callable[[torch.Tensor | GroupedWeight], None]:
         return lambda tensor: self._put(kind, shard, tensor)
 
-    def _put(self, kind: str, shard: str, tensor: torch.Tensor | GroupedWeight) -> None:
-        # tensor: [shard width, in_features] or [shard width]
+    def _put(
+        self,
+        kind: str,
+        shard: str,
+        tensor: torch.Tensor | GroupedWeight,  # [shard width, in_features] or [shard width]
+    ) -> None:
         if isinstance(tensor, GroupedWeight):
             self._grouped[shard] = tensor
         else:
@@ -237,11 +241,14 @@ class Linear(nn.Module):
         plain = self._loading.pop("weight")
         self._set_weight(plain, choose_format(plain) if kind is None else FORMATS[kind])
 
-    def _set_weight(self, weight: torch.Tensor | GroupedWeight, weight_format: WeightFormat) -> None:
-        # weight: [out_features, in_features]
+    def _set_weight(
+        self,
+        weight: torch.Tensor | GroupedWeight,  # [out_features, in_features]
+        weight_format: WeightFormat,
+    ) -> None:
         self._format = weight_format
         self.weight = weight_format.store(weight)
-        if isinstance(self.weight, torch.Tensor) and self.weight.is_mkldnn and not self.options.batch_invariant:
+        if weight_format is FORMATS["packed"] and isinstance(weight, torch.Tensor) and not self.options.batch_invariant:
             self._wide = self.options.widening.prepare(self.weight, weight)
 
 
@@ -277,6 +284,8 @@ class TiedEmbedding(Embedding):
     Any quantization stores the table in 8 bits: at one row the head is a fifth of a step, and 4 bits gain nothing more.
     """
 
+    weight: Any  # [num_embeddings, hidden_size], as the format stores it
+
     def __init__(self, num_embeddings: int, hidden_size: int, options: ModelOptions):
         super().__init__(num_embeddings, hidden_size, options)
         self._tiles: torch.Tensor | None = None  # a view of the memory of self.weight; None: that is plain
@@ -310,9 +319,9 @@ class TiedEmbedding(Embedding):
 
     def _put(self, tensor: torch.Tensor | GroupedWeight) -> None:  # [num_embeddings, hidden_size]
         if self._is_int8:
-            stored = Int8Weight(tensor)
-            if stored.tiles is not None:  # else its rows could not be read
-                self._format, self.weight = FORMATS["int8"], stored
+            int8 = Int8Weight(tensor)
+            if int8.tiles is not None:  # else its rows could not be read
+                self._format, self.weight = FORMATS["int8"], int8
                 return
         super()._put(tensor)
         table = self.weight

@@ -33,8 +33,6 @@ from minivllm.models.model_folder import FolderTensor, check_tokenizer_files, li
 if TYPE_CHECKING:
     from minivllm.models.linear import ModelOptions
 
-logger = logging.getLogger(__name__)
-
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -210,7 +208,8 @@ def _log_unquantised(model: torch.nn.Module) -> None:
     modules = {path: str(getattr(module, "stays_plain", "")) for path, module in model.named_modules()}
     for reason in sorted(set(modules.values()) - {""}):
         paths = [path for path, why in modules.items() if why == reason]
-        logger.warning("not quantised: %s (%d weights like it): %s", paths[0], len(paths), reason)
+        message = "not quantised: %s (%d weights like it): %s"
+        logging.getLogger(__name__).warning(message, paths[0], len(paths), reason)
 
 
 def check_shapes(source: ModelSource, hf_config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]) -> None:

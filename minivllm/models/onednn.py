@@ -63,8 +63,10 @@ def int8_product(
 ) -> torch.Tensor:  # [num_rows, out_features] fp32
     """(rows - 128) @ codes.T * scales; the sums are exact integers."""
     zero = torch.zeros(1, dtype=torch.int32)  # of the weight: its codes are signed
-    arguments = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, the result as it is, nothing behind it
-    out = torch.ops.onednn.qlinear_pointwise(_pad(rows), 1.0, 128, packed, scales, zero, *arguments)
+    # then: no bias, the result as it is in float32, nothing fused behind it
+    out = torch.ops.onednn.qlinear_pointwise(
+        _pad(rows), 1.0, 128, packed, scales, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
     return out[: rows.shape[0]]
 
 

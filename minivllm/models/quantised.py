@@ -178,8 +178,12 @@ class Int4Weight(nn.Module):
     levels: torch.Tensor  # [num_groups, out_features, 2] bfloat16: scale and middle
     bfloat16_form: torch.Tensor  # [out_features, in_features] opaque, where there is no int8 form
 
-    def __init__(self, weight: torch.Tensor | GroupedWeight, *, keep_bfloat16: bool = False):
-        # weight: [out_features, in_features]
+    def __init__(
+        self,
+        weight: torch.Tensor | GroupedWeight,  # [out_features, in_features]
+        *,
+        keep_bfloat16: bool = False,
+    ):
         super().__init__()
         grouped = weight if isinstance(weight, GroupedWeight) else round_to_int4(weight)
         if grouped.minimums is None:

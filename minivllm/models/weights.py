@@ -79,8 +79,11 @@ def load_weights(
         raise _error(f"missing tensor {first!r} of shape {list(waiting[first].shape)}{others}")
 
 
-def _check_tensor(name: str, tensor: torch.Tensor | GroupedWeight, slot: WeightSlot) -> None:
-    # tensor: any shape, that is the question
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor | GroupedWeight,  # any shape: that is the question
+    slot: WeightSlot,
+) -> None:
     if tuple(tensor.shape) != slot.shape:
         raise _error(f"tensor {name!r} must have shape {list(slot.shape)}, got {list(tensor.shape)}")
     if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
