@@ -4,7 +4,18 @@
     int4         a code, and scale and middle per group of 32: torch's int4pack; int8 beside it  1.6
     int4+bf16    the same, with the bfloat16 weight beside it                                    2.6
 
-TABLE
+Microseconds on one thread of an Intel Xeon with AMX, busy with others (CPU time, best of 4 rounds, `python
+benchmarks/weight_formats.py`; int4's rows above 4 are its int8 form). A layer of SmolLM2-135M and its head:
+
+    rows              1      2      4      8     16     32     64    256
+    layer  bfloat16   883    849    870    851    901    999   1158   2259
+           int8       990    964   1057   1141   1409   1936   2996   7578
+           int4       304    357    449      -      -      -      -      -
+    head   bfloat16  5929   5998   6045   5961   6329   7800   9230  18380
+           int8      3420   3791   3985   4598   6293   8709  16144  69180
+
+(The columns of 16 rows and more of int8 are from before its rows were split as they are now.) So with AMX int8 is a
+format for memory, and for the head of a few rows; int4 is the one for speed.
 
 **int4 is for few rows.** torch's product spends per row what it spends once per weight, so from FEW_ROWS on another
 form of the same weight is faster. In bfloat16 that is never slower than an unquantised model, and gives its numbers;
@@ -12,7 +23,7 @@ in 8 bits both forms together are smaller than an unquantised model.
 
 **int8 takes rows in two digits.** oneDNN multiplies 8-bit rows with 8-bit weights. Rows rounded to 8 bits cost the
 default model 4.3 % of perplexity, nearly all the loss there is: a few of its activations are large, and a row has one
-scale. So a row becomes two rows of codes, 256 * high + low, and the two products are added: 16 bits of rows, 0.3 % of
+scale. So a row becomes two rows of codes, 256 * high + low, and the two products are added: 16 bits of rows, 0.1 % of
 perplexity. Up to some ten rows that is free, because the weights are read once either way. Sums are exact integers.
 
 **Many rows leave int8.** From WIDE_ROWS on, rounding the rows (elementwise, in torch) costs more than the product.
