@@ -23,6 +23,8 @@ from minivllm.errors import ConfigError, show
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+# What weights become on loading; gguf: what they are in the file; +bf16: and bfloat16, for steps of many tokens.
+QUANTIZATIONS = ("int8", "int4", "gguf", "int4+bf16", "gguf+bf16")
 GENERATION_CONFIGS = ("auto", "vllm")  # the model's own sampling defaults, or none
 SPECULATIVE_METHODS = ("ngram", "draft_model")
 DEFAULT_CPU_SHARE, DEFAULT_GPU_SHARE = 0.25, 0.92  # gpu_memory_utilization: a GPU is nobody else's
@@ -277,14 +279,16 @@ def check_generation_config(value: Any) -> None:
     _check_choice("generation_config", value, GENERATION_CONFIGS)
 
 
-def check_quantization(requested: str | None, is_gguf: bool) -> None:
-    """Raise ConfigError unless the weights are, or need not be, in the format that is asked for."""
-    if requested in (None, "none") or (requested == "gguf" and is_gguf):
-        return
-    is_known = requested == "gguf"
-    raise ConfigError(
-        "quantization must be left out: "
-        + ("gguf is for .gguf files, and this model is none." if is_known else f"{show(requested)} is not built yet.")
-        + " A quantised model is loaded from a .gguf file, whose weights are made whole when they are read.",
-        parameter="quantization",
-    )
+def check_quantization(requested: str | None, is_gguf: bool, *, on_gpu: bool = False) -> str | None:
+    """One of QUANTIZATIONS or None, for a model from a GGUF file or another one. Raises ConfigError."""
+    name = None if requested == "none" else requested
+    if name is not None:
+        _check_choice("quantization", name, QUANTIZATIONS)
+    if name is not None and on_gpu:
+        raise ConfigError(f"quantization {name} is built for CPUs; on a GPU use none.", parameter="quantization")
+    if name is not None and name.startswith("gguf") and not is_gguf:
+        raise ConfigError(
+            f"quantization {name} is for .gguf files, and this model is none: int8 and int4 quantise any model.",
+            parameter="quantization",
+        )
+    return name

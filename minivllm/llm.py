@@ -54,7 +54,9 @@ class LLM:
         speculative_config: guess tokens ahead, to be faster: {"method": "ngram", "num_speculative_tokens": 6}, or
             {"method": "draft_model", "model": "a smaller one", ...}; all fields: config.SpeculativeConfig.
         tensor_parallel_size: must be 1; one engine computes on one device.
-        quantization: None, or "gguf" for a .gguf file.
+        quantization: None: weights in dtype. "int8", "int4": rounded to so many bits. "gguf": a .gguf file's weights of
+            4 and 8 bits as they are. Faster for a few requests at a time, not the same numbers, and less memory;
+            "int4+bf16", "gguf+bf16": more memory, and as fast as without for many requests.
         generation_config: "auto": sampling defaults are the model's own; "vllm": they are SamplingParams'.
         chat_template: jinja text, or a file with it, in place of the model's own.
         seed: of requests that bring none.

@@ -254,8 +254,8 @@ def test_what_is_not_built_is_refused_in_words(minivllm: Run, arguments: tuple[s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--quantization", "awq"), "quantization must be left out: 'awq' is not built yet."),
-        (("-q", "gguf"), "quantization must be left out: gguf is for .gguf files"),
+        (("--quantization", "awq"), "quantization must be one of int8, int4, gguf, int4+bf16, gguf+bf16, got 'awq'."),
+        (("-q", "gguf"), "quantization gguf is for .gguf files, and this model is none"),
         (("--generation-config", "mine"), "generation_config must be one of auto, vllm, got 'mine'"),
         (("--chat-template", "/no/such/file"), "cannot read '/no/such/file': No such file or directory"),
         (("--chat-template", "{% for %}"), "chat_template must be a jinja template or a file with one: line 1: "),

@@ -268,12 +268,19 @@ def test_one_device_only(name: str):
         ParallelConfig(**{name: 2})
 
 
-def test_quantised_weights_come_from_a_gguf_file_only():
-    for requested, is_gguf in ((None, False), ("none", False), (None, True), ("none", True), ("gguf", True)):
-        check_quantization(requested, is_gguf)
-    for requested, is_gguf in (("gguf", False), ("awq", True), ("fp8", False), ("", False), (4, True)):
-        with pytest.raises(ConfigError, match="quantization must be left out") as caught:
-            check_quantization(requested, is_gguf)  # type: ignore[arg-type]
+def test_weights_are_quantised_as_asked_and_a_files_own_bits_are_a_gguf_files():
+    for is_gguf in (False, True):
+        assert check_quantization(None, is_gguf) is check_quantization("none", is_gguf) is None
+        for name in ("int8", "int4", "int4+bf16"):
+            assert check_quantization(name, is_gguf) == name
+    for name in ("gguf", "gguf+bf16"):
+        assert check_quantization(name, True) == name
+        with pytest.raises(ConfigError, match=r"is for \.gguf files, and this model is none") as caught:
+            check_quantization(name, False)
+        assert caught.value.parameter == "quantization"
+    for requested in ("awq", "fp8", "", "int8+bf16", 4):
+        with pytest.raises(ConfigError, match="quantization must be one of int8, int4, gguf, ") as caught:
+            check_quantization(requested, True)  # type: ignore[arg-type]
         assert caught.value.parameter == "quantization"
 
 

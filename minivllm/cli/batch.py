@@ -25,6 +25,7 @@ from minivllm.cli.options import (
     MaxNumSeqsOption,
     ModelOption,
     NumBlocksOption,
+    QuantizationOption,
     UtilizationOption,
 )
 from minivllm.cli.terminal import load, print_json, read_stdin, stderr
@@ -46,6 +47,7 @@ def run_batch(
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    quantization: QuantizationOption = None,
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: MaxNumSeqsOption = 64,
     max_num_batched_tokens: MaxBatchedTokensOption = 1024,

@@ -28,6 +28,7 @@ def complete(
     stop: options.StopOption = None,
     dtype: options.DtypeOption = "auto",
     device: options.DeviceOption = "auto",
+    quantization: options.QuantizationOption = None,
     max_model_len: options.MaxModelLenOption = None,
     gpu_memory_utilization: options.UtilizationOption = None,
     kv_cache_memory_bytes: options.CacheBytesOption = None,

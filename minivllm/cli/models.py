@@ -22,6 +22,7 @@ from minivllm.cli.options import (
     MaxModelLenOption,
     MaxNumSeqsOption,
     NumBlocksOption,
+    QuantizationOption,
     UtilizationOption,
 )
 from minivllm.cli.terminal import print_json
@@ -53,6 +54,7 @@ def plan(
     kv_cache_memory_bytes: CacheBytesOption = None,
     num_gpu_blocks_override: NumBlocksOption = None,
     dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What will fit: weights, bytes per token, blocks, concurrency - with the arithmetic, without loading weights."""
@@ -61,6 +63,7 @@ def plan(
     result = plan_engine(
         model,
         dtype=dtype,
+        quantization=quantization,
         max_model_len=max_model_len,
         block_size=block_size,
         max_num_seqs=max_num_seqs,

@@ -27,6 +27,17 @@ DtypeOption = Annotated[
         metavar="NAME", help="auto (what the model's files say), float32 or bfloat16.", rich_help_panel=ENGINE
     ),
 ]
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        "-q",
+        metavar="NAME",
+        help="Weights in few bits: int8, int4, gguf (as a .gguf file has them); int4+bf16, gguf+bf16: more memory, "
+        "faster for many requests. Not given, or none: in the dtype.",
+        rich_help_panel=ENGINE,
+    ),
+]
 MaxModelLenOption = Annotated[
     int | None,
     typer.Option(

@@ -172,10 +172,6 @@ GenerationConfigOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-QuantizationOption = Annotated[
-    str | None,
-    typer.Option("--quantization", "-q", metavar="NAME", help="none, or gguf for a .gguf file.", rich_help_panel=MODEL),
-]
 ServeSeedOption = Annotated[
     int, typer.Option(metavar="NUMBER", help="Of requests that bring none.", rich_help_panel=MODEL)
 ]

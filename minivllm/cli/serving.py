@@ -77,7 +77,7 @@ def serve(
     tool_call_parser: only.ToolParserOption = "auto",
     reasoning_parser: only.ReasoningParserOption = "auto",
     generation_config: only.GenerationConfigOption = "auto",
-    quantization: only.QuantizationOption = None,
+    quantization: options.QuantizationOption = None,
     speculative_config: options.SpeculativeOption = None,
     seed: only.ServeSeedOption = 0,
     dtype: options.DtypeOption = "auto",

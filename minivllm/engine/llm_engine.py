@@ -308,7 +308,7 @@ class LLMEngine:
         facts = read_model_facts(
             model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress, on_gpu=on_gpu
         )
-        check_quantization(quantization, facts.source.kind == "gguf")
+        quantization = check_quantization(quantization, facts.source.kind == "gguf", on_gpu=on_gpu)
         model_config = facts.model_config
         is_encoder = model_config.is_encoder
         if is_encoder:  # nothing is cached, and every token sees every other: whole prompts only
@@ -334,11 +334,12 @@ class LLMEngine:
         if generation_config == "vllm":  # what ends an answer is no default
             generation = {name: value for name, value in generation.items() if name == "eos_token_id"}
         before = MemorySnapshot.of(torch_device) if on_gpu else None
-        model_options = ModelOptions(facts.dtype, batch_invariant, impl, torch_device)
+        model_options = ModelOptions(facts.dtype, batch_invariant, impl, torch_device, quantization)
         draft_model = None
         if draft_facts is not None:  # in the target's dtype: one arithmetic for both caches
+            draft_options = dataclasses.replace(model_options, quantization=None)
             draft_model = loader.load_model(
-                draft_facts.source, draft_facts.hf_config, model_options, show_progress=show_progress
+                draft_facts.source, draft_facts.hf_config, draft_options, show_progress=show_progress
             )
         executor = Executor(
             loader.load_model(facts.source, facts.hf_config, model_options, show_progress=show_progress),

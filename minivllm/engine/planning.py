@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from minivllm.config import DEFAULT_CPU_SHARE, CacheConfig, SchedulerConfig
+from minivllm.config import DEFAULT_CPU_SHARE, CacheConfig, SchedulerConfig, check_quantization
 from minivllm.engine.llm_engine import read_model_facts
 from minivllm.models import loader
 from minivllm.models.layers import KVCacheSpec
-from minivllm.models.linear import ModelOptions
+from minivllm.models.linear import Linear, ModelOptions, TiedEmbedding
 from minivllm.models.registry import model_class
 from minivllm.models.weights import weight_slots
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
@@ -37,12 +37,14 @@ class EnginePlan:
     num_parameters: int
     specs: list[KVCacheSpec]
     cache: KVCachePlan
+    quantization: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         cache = self.cache
         return {
             "model": self.name,
             "dtype": self.dtype,
+            "quantization": self.quantization,
             "max_model_len": self.max_model_len,
             "num_parameters": self.num_parameters,
             "weight_bytes": cache.weight_bytes,
@@ -59,11 +61,14 @@ class EnginePlan:
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, value, arithmetic), for a table."""
         cache, size = self.cache, torch.tensor([], dtype=getattr(torch, self.dtype)).element_size()
+        per_weight = f"{size} bytes"
+        if self.quantization is not None:
+            per_weight = f"{cache.weight_bytes / self.num_parameters:.2f} bytes ({self.quantization})"
         heads = self.specs[0] if self.specs else KVCacheSpec(0, 0)
         concurrency = cache.concurrency(self.max_model_len)
         together = min(self.max_num_seqs, math.floor(concurrency))
         return [
-            ("weights", f"{cache.weight_bytes / GIB:.3f} GiB", f"{self.num_parameters:,} parameters x {size} bytes"),
+            ("weights", f"{cache.weight_bytes / GIB:.3f} GiB", f"{self.num_parameters:,} parameters x {per_weight}"),
             (
                 "per token",
                 f"{cache.bytes_per_token:,} bytes",
@@ -97,6 +102,7 @@ def plan_engine(
     gpu_memory_utilization: float | None = None,
     kv_cache_memory_bytes: int | None = None,
     num_gpu_blocks_override: int | None = None,
+    quantization: str | None = None,
 ) -> EnginePlan:
     """The plan for LLM(...) with the same arguments on a CPU; a GPU's follows from a step that is measured.
 
@@ -110,15 +116,28 @@ def plan_engine(
     facts = read_model_facts(model, dtype=dtype, max_model_len=max_model_len)
     max_len = facts.model_config.max_model_len
     SchedulerConfig(max_num_seqs=max_num_seqs, max_model_len=max_len)  # refuses what LLM refuses
+    quantization = check_quantization(quantization, facts.source.kind == "gguf")
     stored = loader.weight_shapes(facts.source)
     loader.check_shapes(facts.source, facts.hf_config, stored)
     # Our networks take no memory for their matrices before they are loaded, transformers' are built on the meta device.
-    network = model_class(facts.hf_config)(facts.hf_config, ModelOptions(dtype=facts.dtype))
+    network = model_class(facts.hf_config)(facts.hf_config, ModelOptions(facts.dtype, quantization=quantization))
     num_parameters = sum(map(math.prod, _wanted_shapes(network, facts.hf_config, stored)))
     specs = list(network.kv_cache_specs)
-    weight_bytes = num_parameters * facts.dtype.itemsize
+    saved_bytes = _saved_bytes(network, loader.stored_bits(facts.source), facts.dtype) if quantization else 0
+    weight_bytes = num_parameters * facts.dtype.itemsize - saved_bytes
     cache = plan_kv_cache(config, specs, facts.dtype, weight_bytes, max_num_seqs * max_len)
-    return EnginePlan(facts.source.name, facts.model_config.dtype, max_len, max_num_seqs, num_parameters, specs, cache)
+    dtype_name = facts.model_config.dtype
+    return EnginePlan(facts.source.name, dtype_name, max_len, max_num_seqs, num_parameters, specs, cache, quantization)
+
+
+def _saved_bytes(network: torch.nn.Module, stored_bits: dict[str, int], dtype: torch.dtype) -> int:
+    """How many bytes quantised weights take less than the same weights in dtype."""
+    saved = 0
+    for path, module in network.named_modules():
+        if isinstance(module, Linear | TiedEmbedding):
+            shapes = [slot.shape for name, slot in module.weight_slots(path).items() if name.endswith("weight")]
+            saved += sum(map(math.prod, shapes)) * dtype.itemsize - module.planned_bytes(stored_bits, path)
+    return saved
 
 
 def _wanted_shapes(network: torch.nn.Module, hf_config: Any, stored: dict[str, Shape]) -> list[Shape]:

@@ -30,6 +30,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from minivllm.errors import ConfigError
+from minivllm.models.grouped import GGUF_KINDS, GroupedWeight, from_gguf_blocks
 
 SUPPORTED_VERSIONS = (2, 3)
 SUPPORTED_TYPES = tuple(
@@ -133,10 +134,7 @@ def read_tensor(
     """
     tensor = file.tensors[name]
     block_elements, block_bytes = GGML_QUANT_SIZES[tensor.type]
-    data = _map(file.path)
-    if tensor.offset + tensor.num_bytes > len(data):
-        raise _bad_file(file.path, f"it became shorter while it was read (tensor {name!r})")
-    raw = np.frombuffer(data, np.uint8, tensor.num_bytes, tensor.offset)
+    raw = _raw_bytes(file, tensor)
     out = torch.empty(math.prod(tensor.shape), dtype=dtype)
     for start in range(0, out.numel(), CHUNK_ELEMENTS):
         stop = min(start + CHUNK_ELEMENTS, out.numel())
@@ -146,6 +144,26 @@ def read_tensor(
             values = torch.from_numpy(dequantize(np.array(blocks).reshape(1, -1), tensor.type).reshape(-1))
         out[start:stop] = values if transform is None else transform(values)
     return out.reshape(tensor.shape)
+
+
+def grouped_bits(tensor: GGUFTensor) -> int | None:
+    """4 or 8 where `read_grouped` can read the tensor, else None."""
+    is_grouped = tensor.type.name in GGUF_KINDS and len(tensor.shape) == 2
+    return {"Q4": 4, "Q8": 8}[tensor.type.name[:2]] if is_grouped else None
+
+
+def read_grouped(file: GGUFFile, name: str) -> GroupedWeight:
+    """A tensor that has `grouped_bits`, in the bits of the file. ConfigError when the file has become shorter since."""
+    tensor = file.tensors[name]
+    blocks = np.array(_raw_bytes(file, tensor)).reshape(tensor.shape[0], -1)  # [out_features, row_bytes]
+    return from_gguf_blocks(tensor.type.name, torch.from_numpy(blocks))
+
+
+def _raw_bytes(file: GGUFFile, tensor: GGUFTensor) -> np.ndarray:  # -> [num_bytes] uint8, a view of the file
+    data = _map(file.path)
+    if tensor.offset + tensor.num_bytes > len(data):
+        raise _bad_file(file.path, f"it became shorter while it was read (tensor {tensor.name!r})")
+    return np.frombuffer(data, np.uint8, tensor.num_bytes, tensor.offset)
 
 
 def _bad_file(path: Path, what: str) -> ConfigError:

@@ -19,12 +19,14 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from minivllm.errors import ConfigError
-from minivllm.models.gguf import GGUFFile, read_tensor
+from minivllm.models.gguf import GGUFFile, grouped_bits, read_grouped, read_tensor
+from minivllm.models.grouped import GroupedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,30 +131,37 @@ def hf_names(file: GGUFFile) -> dict[str, str]:
     return names
 
 
-def iterate_hf_weights(file: GGUFFile, hf_config: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_hf_weights(
+    file: GGUFFile, hf_config: Any, dtype: torch.dtype, *, own_bits: bool = False
+) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
     """Every tensor under its Hugging Face name, decoded to `dtype`, with llama.cpp's changes of layout undone.
 
-    `hf_config` gives num_attention_heads and num_key_value_heads. One tensor is held at a time.
+    own_bits: matrices that are groups of codes stay so. `hf_config` gives num_attention_heads and
+    num_key_value_heads. One tensor is held at a time.
     """
     architecture = _architecture(file)
     num_heads = {"attn_q": hf_config.num_attention_heads, "attn_k": hf_config.num_key_value_heads}
     for gguf_name, hf_name in hf_names(file).items():
         leaf = gguf_name.split(".")[-2]
-        if architecture.norm_offset and leaf.endswith("norm"):
+        weight: torch.Tensor | GroupedWeight
+        if own_bits and grouped_bits(file.tensors[gguf_name]) is not None:
+            weight = read_grouped(file, gguf_name)
+        elif architecture.norm_offset and leaf.endswith("norm"):
             # The offset is taken off before rounding: 1 + w has few digits left for a small w.
             weight = read_tensor(file, gguf_name, dtype, lambda values: values - architecture.norm_offset)
         else:
             weight = read_tensor(file, gguf_name, dtype)
         if architecture.permuted and leaf in num_heads:
-            weight = _undo_rotary_permutation(file, gguf_name, weight, num_heads[leaf])
+            undo = partial(_undo_rotary_permutation, file, gguf_name, num_heads[leaf])
+            weight = weight.map_rows(undo) if isinstance(weight, GroupedWeight) else undo(weight)
         yield hf_name, weight
 
 
 def _undo_rotary_permutation(
     file: GGUFFile,
     name: str,
-    weight: torch.Tensor,  # [num_heads * head_size, ...]
     num_heads: int,
+    weight: torch.Tensor,  # [num_heads * head_size, ...]
 ) -> torch.Tensor:
     """llama.cpp rotates neighbours (0,1), (2,3)...; Hugging Face rotates halves (0, d/2), (1, d/2+1)...
 

@@ -238,6 +238,8 @@ def _refuse_by_config(hf_config: Any, options: ModelOptions) -> None:
         raise _refuse(hf_config, "its rotary frequencies depend on the longest request in a step")
     if layer_types - {"full_attention", "sliding_attention"}:
         raise _refuse(hf_config, f"it has layers of type {', '.join(sorted(layer_types))}")
+    if options.quantization is not None:
+        raise _refuse(hf_config, "quantization is only for networks that minivllm has itself (models/registry.py)")
     if options.batch_invariant and any("expert" in name for name in config.to_dict()):
         raise _refuse(hf_config, "batch_invariant is not possible with experts, which see varying numbers of rows")
 

@@ -5,6 +5,8 @@ to multiply with it (`FORMATS`). The plain copy is dropped as soon as the stored
 
     plain    the tensor itself, torch.nn.functional.linear
     packed   oneDNN's tiled layout: one repack at load, every product after that is faster
+    int8     a byte per weight, where the user asks for quantised weights: models/quantised.py
+    int4     groups of 4-bit codes, as a GGUF file has them or rounded at load, and a form for more rows
 
 Packed against plain, float32 on an AVX2 CPU, one thread, microseconds (minimum of 40, weights not in cache):
 
@@ -27,14 +29,19 @@ vocab_parallel_embedding.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minivllm.models import onednn
+from minivllm.models import onednn, quantised
+from minivllm.models.grouped import GroupedWeight, join
+from minivllm.models.onednn import find_tiles, read_rows
+from minivllm.models.quantised import Int4Weight, Int8Weight
 from minivllm.models.weights import WeightSlot
 from minivllm.models.widening import WIDEN_FROM_ROWS, Widening, WideWeight
 
@@ -53,21 +60,27 @@ class ModelOptions:
     batch_invariant: bool = False  # each row's bits do not depend on what else is in the batch
     impl: str = "auto"  # which implementation of the kernels: minivllm.kernels.dispatch
     device: torch.device = torch.device("cpu")  # where the weights go, each as soon as it is read
+    quantization: str | None = None  # None: weights in `dtype`; or a name of config.QUANTIZATIONS
     widening: Widening = field(default_factory=Widening, compare=False)  # shared by the layers of one model
 
 
 # ------------------------------------------------------------------ formats
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight is stored and used. A new format (int8, int4) is one more row in FORMATS."""
+    """How a weight is stored and used. A new format is one more row in FORMATS."""
 
-    store: Callable[[torch.Tensor], torch.Tensor]  # [out_features, in_features] plain -> stored
-    product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # rows, stored, bias -> rows
+    store: Callable[[Any], Any]  # [out_features, in_features] plain (or grouped) -> stored: a tensor or a module
+    product: Callable[[torch.Tensor, Any, torch.Tensor | None], torch.Tensor]  # rows, stored, bias -> rows
 
 
 FORMATS: Mapping[str, WeightFormat] = {
     "plain": WeightFormat(store=lambda weight: weight, product=F.linear),
     "packed": WeightFormat(store=onednn.pack, product=onednn.product),
+    "int8": WeightFormat(store=Int8Weight, product=lambda rows, stored, bias: stored.product(rows, bias)),
+    "int4": WeightFormat(store=Int4Weight, product=lambda rows, stored, bias: stored.product(rows, bias)),
+    "int4+bf16": WeightFormat(
+        store=partial(Int4Weight, keep_bfloat16=True), product=lambda rows, stored, bias: stored.product(rows, bias)
+    ),
 }
 
 
@@ -111,7 +124,7 @@ class Linear(nn.Module):
     {"gate_proj": 1536, "up_proj": 1536} is stored as one [3072, in_features] weight, the shards' rows in that order.
     """
 
-    weight: torch.Tensor  # [out_features, in_features], as the format stores it
+    weight: Any  # [out_features, in_features], as the format stores it
     bias: torch.Tensor | None  # [out_features]
 
     def __init__(
@@ -128,7 +141,9 @@ class Linear(nn.Module):
         self.out_features = sum(self.shards.values())
         self.options = options
         self.has_bias = bias
+        self.stays_plain = ""  # why the weight is not quantised although it was to be
         self._loading: dict[str, torch.Tensor] = {}  # "weight" and "bias" while shards are still missing
+        self._grouped: dict[str, GroupedWeight] = {}  # the same for shards that come in their file's own bits
         self._missing = {kind: set(self.shards) for kind in ("weight", "bias")}
         self.register_buffer("weight", None)  # as the format stores it
         self.register_buffer("bias", None)  # [out_features]
@@ -159,6 +174,23 @@ class Linear(nn.Module):
             return self._wide.product(rows, self.bias)
         return self._format.product(rows, self.weight, self.bias)
 
+    def planned_bytes(self, bits: Mapping[str, int], path: str) -> int:
+        """What the weight will take. bits: of the stored tensors that are groups of codes, by Hugging Face name."""
+        stored = {bits.get(name) for name in self.weight_slots(path) if name.endswith(".weight")}
+        shape = (self.out_features, self.in_features)
+        kind = self._choose_kind(stored)[0]
+        if kind is None:
+            return self.out_features * self.in_features * self.options.dtype.itemsize
+        return quantised.planned_bytes(kind, shape)
+
+    def _choose_kind(self, bits: Set[int | None]) -> tuple[str | None, str]:
+        if self.options.quantization is None:
+            return None, ""
+        shape = (self.out_features, self.in_features)
+        return quantised.choose_kind(
+            self.options.quantization, bits, shape, self.options.dtype, batch_invariant=self.options.batch_invariant
+        )
+
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
         parent = path.rpartition(".")[0]
         slots = {}
@@ -169,30 +201,57 @@ class Linear(nn.Module):
                 slots[f"{name}.bias"] = WeightSlot((width,), self._putter("bias", shard))
         return slots
 
-    def _putter(self, kind: str, shard: str) -> Callable[[torch.Tensor], None]:
+    def _putter(self, kind: str, shard: str) -> Callable[[torch.Tensor | GroupedWeight], None]:
         return lambda tensor: self._put(kind, shard, tensor)
 
-    def _put(self, kind: str, shard: str, tensor: torch.Tensor) -> None:  # [shard width, in_features] or [shard width]
+    def _put(
+        self,
+        kind: str,
+        shard: str,
+        tensor: torch.Tensor | GroupedWeight,  # [shard width, in_features] or [shard width]
+    ) -> None:
+        if isinstance(tensor, GroupedWeight):
+            self._grouped[shard] = tensor
+        else:
+            self._copy(kind, shard, tensor)
+        self._missing[kind].discard(shard)
+        if self._missing[kind]:
+            return
+        self._missing[kind] = set(self.shards)  # the last shard is in; ready for other weights
+        if kind == "weight":
+            self._finish_weight()
+        else:
+            self.bias = self._loading.pop("bias")
+
+    def _copy(self, kind: str, shard: str, tensor: torch.Tensor) -> None:  # [shard width, in_features] or [shard width]
         if kind not in self._loading:
             self._loading[kind] = torch.empty(
                 self.out_features, *tensor.shape[1:], dtype=self.options.dtype, device=self.options.device
             )
         starts = dict(zip(self.shards, itertools.accumulate(self.shards.values(), initial=0), strict=False))
         self._loading[kind][starts[shard] : starts[shard] + self.shards[shard]].copy_(tensor)
-        self._missing[kind].discard(shard)
-        if self._missing[kind]:
-            return
-        whole = self._loading.pop(kind)  # the last shard is in
-        self._missing[kind] = set(self.shards)  # ready for other weights
-        if kind == "weight":
-            self._set_weight(whole, choose_format(whole))
-        else:
-            self.bias = whole
 
-    def _set_weight(self, weight: torch.Tensor, weight_format: WeightFormat) -> None:  # [out_features, in_features]
+    def _finish_weight(self) -> None:
+        grouped, self._grouped = self._grouped, {}
+        kind, self.stays_plain = self._choose_kind(
+            {grouped[shard].bits if shard in grouped else None for shard in self.shards}
+        )
+        if kind is not None and len(grouped) == len(self.shards):
+            self._set_weight(join([grouped[shard] for shard in self.shards]), FORMATS[kind])
+            return
+        for shard, weight in grouped.items():
+            self._copy("weight", shard, weight.dequantise())
+        plain = self._loading.pop("weight")
+        self._set_weight(plain, choose_format(plain) if kind is None else FORMATS[kind])
+
+    def _set_weight(
+        self,
+        weight: torch.Tensor | GroupedWeight,  # [out_features, in_features]
+        weight_format: WeightFormat,
+    ) -> None:
         self._format = weight_format
         self.weight = weight_format.store(weight)
-        if self.weight.is_mkldnn and not self.options.batch_invariant:
+        if weight_format is FORMATS["packed"] and isinstance(weight, torch.Tensor) and not self.options.batch_invariant:
             self._wide = self.options.widening.prepare(self.weight, weight)
 
 
@@ -212,8 +271,9 @@ class Embedding(nn.Module):
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
         return {f"{path}.weight": WeightSlot(self.shape, self._put)}
 
-    def _put(self, tensor: torch.Tensor) -> None:  # [num_embeddings, hidden_size]
-        self.weight = torch.empty(self.shape, dtype=self.options.dtype, device=self.options.device).copy_(tensor)
+    def _put(self, tensor: torch.Tensor | GroupedWeight) -> None:  # [num_embeddings, hidden_size]
+        plain = tensor.dequantise() if isinstance(tensor, GroupedWeight) else tensor
+        self.weight = torch.empty(self.shape, dtype=self.options.dtype, device=self.options.device).copy_(plain)
 
 
 class TiedEmbedding(Embedding):
@@ -223,7 +283,11 @@ class TiedEmbedding(Embedding):
     wants rows. oneDNN's layout is opaque but regular: tiles of rows x columns. So the table is packed, its tiles are
     found by comparing with the plain copy, and only when every row read back through the tiles is bit-equal is the
     plain copy dropped. A row costs 3 us instead of 0.7. Where the tiles are not found, the plain table serves both.
+
+    Any quantization stores the table in 8 bits: at one row the head is a fifth of a step, and 4 bits gain nothing more.
     """
+
+    weight: Any  # [num_embeddings, hidden_size], as the format stores it
 
     def __init__(self, num_embeddings: int, hidden_size: int, options: ModelOptions):
         super().__init__(num_embeddings, hidden_size, options)
@@ -231,6 +295,8 @@ class TiedEmbedding(Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: [num_tokens] int64 -> [num_tokens, hidden_size]"""
+        if isinstance(self.weight, Int8Weight):
+            return self.weight.rows(ids, self.options.dtype)
         if self._tiles is None:
             return super().forward(ids)
         return read_rows(self._tiles, ids)[:, : self.shape[1]]
@@ -244,7 +310,22 @@ class TiedEmbedding(Embedding):
     def _product(self, rows: torch.Tensor) -> torch.Tensor:  # [num_rows, hidden_size] -> [num_rows, num_embeddings]
         return self._format.product(rows, self.weight, None)
 
-    def _put(self, tensor: torch.Tensor) -> None:  # [num_embeddings, hidden_size]
+    def planned_bytes(self, bits: Mapping[str, int], path: str) -> int:
+        """What the table will take."""
+        if self._is_int8:
+            return quantised.planned_bytes("int8", self.shape)
+        return self.shape[0] * self.shape[1] * self.options.dtype.itemsize
+
+    @property
+    def _is_int8(self) -> bool:
+        return self.options.quantization is not None and not quantised.why_not("int8", self.shape, self.options.dtype)
+
+    def _put(self, tensor: torch.Tensor | GroupedWeight) -> None:  # [num_embeddings, hidden_size]
+        if self._is_int8:
+            int8 = Int8Weight(tensor)
+            if int8.tiles is not None:  # else its rows could not be read
+                self._format, self.weight = FORMATS["int8"], int8
+                return
         super()._put(tensor)
         table = self.weight
         self._format = choose_format(table)
@@ -254,43 +335,3 @@ class TiedEmbedding(Embedding):
             self.weight = stored
         else:
             self._format = FORMATS["plain"]
-
-
-# ------------------------------------------------------------------ reading rows of a packed weight
-def read_rows(tiles: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of a packed weight, columns padded to whole tiles.
-
-    tiles: [row_tiles, column_tiles, columns / group, rows, group] as `find_tiles` returns it; ids: [num_rows].
-    """
-    rows_per_tile = tiles.shape[3]
-    return tiles[ids // rows_per_tile, :, :, ids % rows_per_tile].flatten(1)
-
-
-def find_tiles(packed: torch.Tensor, plain: torch.Tensor) -> torch.Tensor | None:
-    """A view of a packed weight's memory through which `read_rows` gives the rows of `plain`, or None.
-
-    Valid as long as `packed` lives. packed: opaque; plain: [out_features, in_features], the same weight.
-    oneDNN's inner-product layouts are tiles [columns / group, rows, group]; group is 2 or 4 where the CPU multiplies
-    pairs of bfloat16. The tile's size differs by CPU and dtype, so it is searched for: 0.5 ms, plus a whole check.
-    """
-    values = onednn.memory(packed, packed.dtype)  # [num_values], padding included
-    num_rows, num_columns = plain.shape
-    sizes = (64, 48, 32, 24, 16, 8, 4, 2, 1)
-    for rows, columns, group in itertools.product(sizes, (*sizes, num_columns), (1, 2, 4)):
-        row_tiles, column_tiles = -(-num_rows // rows), -(-num_columns // columns)
-        if columns % group or row_tiles * rows * column_tiles * columns != values.numel():
-            continue
-        tiles = values.view(row_tiles, column_tiles, columns // group, rows, group)
-        if _reads_back(tiles, plain, rows=3) and _reads_back(tiles, plain, rows=num_rows):
-            return tiles
-    return None
-
-
-def _reads_back(tiles: torch.Tensor, plain: torch.Tensor, *, rows: int) -> bool:
-    """Whether the first `rows` rows, read through the tiles, are bit-equal to the plain ones. As in find_tiles:
-    tiles: five dimensions [row_tiles, ...], plain: [out_features, in_features]."""
-    ids = torch.arange(min(rows, plain.shape[0]))
-    return all(
-        torch.equal(read_rows(tiles, some)[:, : plain.shape[1]], plain[some])
-        for some in ids.split(4096)  # bounds the temporary copy
-    )

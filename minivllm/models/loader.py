@@ -12,6 +12,7 @@ engine/llm_engine.py, cli/models.py (plan). Twin in vLLM: vllm/model_executor/mo
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from minivllm.errors import ConfigError, MiniVLLMError
 from minivllm.hub import ModelSource
-from minivllm.models.gguf import GGUFFile, read_gguf
+from minivllm.models.gguf import GGUFFile, grouped_bits, read_gguf
 from minivllm.models.gguf_to_hf import hf_config_dict, hf_names, iterate_hf_weights
+from minivllm.models.grouped import GroupedWeight
 from minivllm.models.model_folder import FolderTensor, check_tokenizer_files, list_tensors, read_json, refuse
 
 if TYPE_CHECKING:
@@ -136,22 +138,33 @@ def weight_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
     return {hf_name: file.tensors[name].shape for name, hf_name in hf_names(file).items()}
 
 
+def stored_bits(source: ModelSource) -> dict[str, int]:
+    """Hugging Face name -> 4 or 8, for the tensors that quantization="gguf" multiplies as they are stored."""
+    if source.kind == "folder":
+        return {}
+    file = read_gguf(source.path, with_vocabulary=False)
+    bits = {hf_name: grouped_bits(file.tensors[name]) for name, hf_name in hf_names(file).items()}
+    return {name: number for name, number in bits.items() if number is not None}
+
+
 def iterate_weights(
     source: ModelSource,
     hf_config: PretrainedConfig,
     dtype: torch.dtype = torch.float32,
     *,
+    own_bits: bool = False,
     show_progress: bool = False,
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
     """Every tensor under its Hugging Face name, floating-point ones in `dtype`; one is held at a time.
 
+    own_bits: those of `stored_bits` as they are.
     A yielded tensor may be a view of the file: copy it, do not change it. Raises ConfigError for a hostile source.
     """
-    pairs: Iterator[tuple[str, torch.Tensor]]
+    pairs: Iterator[tuple[str, torch.Tensor | GroupedWeight]]
     if source.kind == "gguf":
         file = read_gguf(source.path, with_vocabulary=False)
         total = len(hf_names(file))
-        pairs = iterate_hf_weights(file, hf_config.get_text_config(), dtype)
+        pairs = iterate_hf_weights(file, hf_config.get_text_config(), dtype, own_bits=own_bits)
     else:
         tensors = list_tensors(source.path)
         if hf_config.tie_word_embeddings and EMBEDDING in tensors:
@@ -184,10 +197,22 @@ def load_model(
             parameter="model",
         ) from error
     with torch.no_grad():
-        model.load_weights(iterate_weights(source, hf_config, options.dtype, show_progress=show_progress))
+        own_bits = (options.quantization or "").startswith("gguf")
+        weights = iterate_weights(source, hf_config, options.dtype, own_bits=own_bits, show_progress=show_progress)
+        model.load_weights(weights)
     # What no tensor of the checkpoint was copied into (rotary frequencies) follows the weights.
     loaded: torch.nn.Module = model.requires_grad_(False).eval().to(options.device)
+    _log_unquantised(loaded)
     return loaded
+
+
+def _log_unquantised(model: torch.nn.Module) -> None:
+    """One line for every reason why weights were not quantised."""
+    modules = {path: str(getattr(module, "stays_plain", "")) for path, module in model.named_modules()}
+    for reason in sorted(set(modules.values()) - {""}):
+        paths = [path for path, why in modules.items() if why == reason]
+        message = "not quantised: %s (%d weights like it): %s"
+        logging.getLogger(__name__).warning(message, paths[0], len(paths), reason)
 
 
 def check_shapes(source: ModelSource, hf_config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from minivllm.errors import ConfigError
+from minivllm.models.grouped import GroupedWeight
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class WeightSlot:
     """One tensor that a module waits for. `put` copies it: the tensor may be a view of a file."""
 
     shape: tuple[int, ...]
-    put: Callable[[torch.Tensor], object]
+    put: Callable[[Any], object]  # a tensor; a slot of a matrix takes a GroupedWeight as well
 
 
 @runtime_checkable
@@ -48,7 +49,7 @@ def weight_slots(model: nn.Module) -> dict[str, WeightSlot]:
 
 def load_weights(
     model: nn.Module,
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[tuple[str, torch.Tensor | GroupedWeight]],
     *,
     optional_prefix: str = "",
     ignored: Collection[str] = (),
@@ -78,10 +79,14 @@ def load_weights(
         raise _error(f"missing tensor {first!r} of shape {list(waiting[first].shape)}{others}")
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, slot: WeightSlot) -> None:  # any shape: that is the question
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor | GroupedWeight,  # any shape: that is the question
+    slot: WeightSlot,
+) -> None:
     if tuple(tensor.shape) != slot.shape:
         raise _error(f"tensor {name!r} must have shape {list(slot.shape)}, got {list(tensor.shape)}")
-    if not tensor.is_floating_point():
+    if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
         raise _error(f"tensor {name!r} must be floating-point, got {tensor.dtype}")
 
 

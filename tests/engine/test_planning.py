@@ -213,6 +213,7 @@ def test_the_dict_is_json_with_the_same_numbers(tiny_model: Callable[[str], Path
     assert json.loads(json.dumps(plan.as_dict())) == {
         "model": "llama",
         "dtype": "float32",
+        "quantization": None,
         "max_model_len": 128,
         "num_parameters": num_stored("llama"),
         "weight_bytes": 4 * num_stored("llama"),

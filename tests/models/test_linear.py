@@ -90,7 +90,7 @@ def test_a_dtype_that_onednn_cannot_multiply_stays_plain() -> None:
 
 
 # ------------------------------------------------------------------ batch invariance
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["plain", "packed", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_rows_bits_depend_neither_on_its_place_in_the_tile_nor_on_the_others(
     name: str, shape: tuple[int, int]

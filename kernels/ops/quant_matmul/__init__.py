@@ -6,7 +6,7 @@
 
 codes of 4 bits lie two in a byte (packing.py draws it), as GGUF's Q4_0 and Q4_1 have them. Sums are formed in float32.
 
-Knows no model. Nothing in the product calls it yet: models/linear.py has room for such formats. Twin in vLLM: the
+Knows no model. Only its packing is used yet (models/grouped.py), the product is not. Twin in vLLM: the
 weight-only schemes in model_executor/layers/quantization (compressed_tensors, gguf.py) and their Marlin kernels.
 """
 
