@@ -1,9 +1,9 @@
 """What the CPU kernels are compiled with: numba, and the few things that it lacks.
 
-Numpy has no bfloat16, so kernels see it as uint16. Kernels load with `widen`, compute in
-float32 and store with `narrow`; for float32 both do nothing. Compiled code is kept on disk, beside the source file or in
-the user's cache folder: a kernel takes a second the first time and milliseconds from then on. Numba looks at the date of
-the kernel's own file only: after a change here, delete the `__pycache__` folders.
+Numpy has no bfloat16, so kernels see it as uint16. Kernels load with `widen`, compute in float32 and store with
+`narrow`; for float32 both do nothing. Compiled code is kept on disk, beside the source file or in the user's cache
+folder: a kernel takes seconds the first time and milliseconds from then on. Numba looks at the date of the kernel's own
+file only: after a change here, delete the `__pycache__` folders.
 
 Sums may be reordered (a vector unit adds eight at a time), but NaN and infinity keep their meaning: a request whose
 numbers have gone bad must show it.

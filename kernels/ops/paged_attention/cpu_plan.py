@@ -105,8 +105,8 @@ class RowPlan:
     """The items of cpu_rows.py."""
 
     block_table: np.ndarray  # [num_reqs, max_blocks_per_req] int32
-    # of each item: its request, first row of the query, rows, position of its first row, first key, end of its keys, and
-    # whether no other item is about these rows
+    # of each item: its request, first row of the query, rows, position of its first row, first key, end of its keys,
+    # and whether no other item is about these rows
     items: np.ndarray  # [num_items, 7] int64
     chunks: np.ndarray  # [num_chunks + 1] int64: items chunks[c] .. chunks[c + 1] are about the same rows
     window: int

@@ -1,19 +1,17 @@
 """Attention of few query rows over a paged context: one compiled loop that reads the blocks where they lie.
 
 The work is cut into items, shared by the threads: up to ROWS_PER_ITEM rows of a request x one KV head x
-KEYS_PER_ITEM keys. An item turns a block of keys into float32 once and multiplies it with the rows of all query heads
+KEYS_PER_ITEM keys. An item turns a tile of keys into float32 once and multiplies it with the rows of all query heads
 that share the KV head; then softmax; then the same with the values. Items that see different keys of the same rows are
 merged by their largest score and their sum, as flash decoding does (Dao et al. 2023).
 
     item   scores[q, j] = scale * query[q] . key[j]     largest[q], total[q] = sum_j exp(score - largest)
            attended[q]  = sum_j exp(score - largest) * value[j]
-    merge  out[q]       = sum_items w * attended / sum_items w * total,     w = exp(largest of the item - largest of all)
+    merge  out[q]       = sum_items w * attended / sum_items w * total,     w = exp(its largest - largest of all)
 
 Items begin at fixed positions of a request and each row is summed alone: its bits depend on nothing but its own
-request, so this is also the batch-invariant path. Against gathering the keys and calling
-torch's flash kernel, 30 layers of SmolLM2-135M in bfloat16, milliseconds on two threads:
-
-    1 request x 200 keys 0.5 | 1.3     32 x 180 12.4 | 24     8 x 1000 15.5 | 33     1 x 4000 7.7 | 15
+request, so this is also the batch-invariant path. Gathering the keys and calling torch's flash kernel, as before, takes
+one and a half to two times as long (benchmarks/LOG.md).
 
 Knows no plan of a step but its items. Called by cpu.py. Twin in vLLM: csrc/cpu/cpu_attn_impl.hpp.
 """
