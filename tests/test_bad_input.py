@@ -521,7 +521,7 @@ BAD_SETTINGS: list[tuple[str, Any]] = [
     *[("block_size", value) for value in (0, -16, 1025, 16.0, None)],
     *[("max_num_seqs", value) for value in (0, 65537, 1.5)],
     *[("max_num_batched_tokens", value) for value in (0, -1, "1024")],
-    *[("gpu_memory_utilization", value) for value in (0, -0.1, 1.01, math.nan, math.inf, True, "0.5", None, 1e-12)],
+    *[("gpu_memory_utilization", value) for value in (0, -0.1, 1.01, math.nan, math.inf, True, "0.5", 1e-12)],
     *[("kv_cache_memory_bytes", value) for value in (0, -1, 1, 1.5, "1GB", HUGE)],
     *[("num_gpu_blocks_override", value) for value in (0, 1, -1, 1.5, HUGE)],
     *[("scheduling_policy", value) for value in ("lifo", "", None, [])],

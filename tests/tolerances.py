@@ -18,6 +18,7 @@ SAME_NETWORK_RMS = 0.03  # of logits: two bfloat16 roundings of one tiny network
 OUTLIER_RMS = 0.005  # what one value of 300 among normal ones costs the product: 300 / 65,024 on each of them
 
 # ------------------------------------------------------------------ tests/kernels
+COMPILED_EXP = 3e-7  # relative: a polynomial in float32 within two units in the last place, 1.2e-7 each
 KERNEL_ERROR_FACTOR = 2.0  # house law: twice the reference's own error in that dtype, plus one eps of the largest value
 ROUNDED_ONCE = 0.502  # of the dtype's eps: half a step, and a little for a value at the very middle of two
 FLOAT64_RTOL = 1e-12  # two float64 ways to one value: an angle of 1000 turns is known to 1e-13, sums to less

@@ -14,6 +14,7 @@ Knows no operation. Called by the `cpu` files of the operations. Twin in vLLM: c
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numba
@@ -24,6 +25,7 @@ from numba import prange, types
 from numba.extending import intrinsic, overload
 
 __all__ = [
+    "INT64",
     "PerShape",
     "array_at",
     "exp",
@@ -37,12 +39,21 @@ __all__ = [
     "widen",
 ]
 
+# Imported after torch, numba's threads are torch's own: both call the OpenMP that came first. Without a libgomp of the
+# system numba has only a pool that two engines must not use at once; then kernels run on one thread.
+try:
+    import numba.np.ufunc.omppool
+except ImportError:
+    HAS_OPENMP = False
+else:
+    HAS_OPENMP = True
+
 ROUNDING = frozenset({"reassoc", "contract", "arcp", "nsz"})  # of LLVM's fast-math flags, those that spare NaN
-WORD, FLOAT = ir.IntType(32), ir.FloatType()
 
 
 # ------------------------------------------------------------------ tensors in
-BFLOAT16, FLOAT32 = np.empty(0, np.uint16), np.empty(0, np.float32)  # tell a kernel what its addresses point to
+# They tell a kernel what its addresses point to.
+BFLOAT16, FLOAT32, INT64 = np.empty(0, np.uint16), np.empty(0, np.float32), np.empty(0, np.int64)
 
 
 def supports(tensor: torch.Tensor) -> bool:  # [...]
@@ -76,9 +87,14 @@ def array_at(address: int, shape: Any, like: Any) -> Any:
 def jit(function: Callable[..., Any] | None = None, *, parallel: bool = False, inline: str = "never") -> Any:
     """Decorator: compile on the first call, keep on disk. parallel: the iterations of `prange` are shared by threads.
     inline: "always" for what kernels call."""
-    options = {"fastmath": set(ROUNDING), "error_model": "numpy", "inline": inline}
-    compiler = numba.njit(cache=inline == "never", parallel=parallel, **options)
-    return compiler if function is None else compiler(function)
+    if function is None:
+        return partial(jit, parallel=parallel, inline=inline)
+    options: dict[str, Any] = {"fastmath": set(ROUNDING), "error_model": "numpy", "inline": inline}
+    options["parallel"] = parallel and HAS_OPENMP
+    try:
+        return numba.njit(cache=inline == "never", **options)(function)
+    except RuntimeError:  # no folder that can be written to: compiled anew by every process
+        return numba.njit(**options)(function)
 
 
 class PerShape:
@@ -104,12 +120,12 @@ def use_torch_threads() -> None:
 # ------------------------------------------------------------------ values
 @intrinsic
 def _bits_to_float(context: Any, bits: Any) -> Any:
-    return types.float32(types.uint32), lambda ctx, builder, sig, args: builder.bitcast(args[0], FLOAT)
+    return types.float32(types.uint32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
 def _float_to_bits(context: Any, value: Any) -> Any:
-    return types.uint32(types.float32), lambda ctx, builder, sig, args: builder.bitcast(args[0], WORD)
+    return types.uint32(types.float32), lambda ctx, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 @intrinsic
@@ -119,7 +135,8 @@ def widen(context: Any, value: Any) -> Any:
         return value(value), lambda ctx, builder, sig, args: args[0]
 
     def shift(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.zext(args[0], WORD), WORD(16)), FLOAT)
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(args[0], word), word(16)), ir.FloatType())
 
     return types.float32(types.uint16), shift
 
@@ -129,7 +146,7 @@ def narrow(value: Any, array: Any) -> Any:
     raise NotImplementedError("only inside compiled kernels")
 
 
-@overload(narrow, inline="always")
+@overload(narrow)
 def _narrow(value, array):  # type: ignore[no-untyped-def]
     if isinstance(array.dtype, types.Float):
         return lambda value, array: value

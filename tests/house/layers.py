@@ -24,11 +24,12 @@ ROWS: tuple[frozenset[str], ...] = (
 # The command line starts whatever its own row offers (serve, run-batch, verify, explain); nobody there imports it.
 WITHIN_ITS_ROW = frozenset({"cli"})
 
+COMPILERS = ("numba", "llvmlite")  # of the CPU kernels
 HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         **dict.fromkeys(("flask", "werkzeug", "waitress", "pydantic"), ("minivllm/entrypoints/*",)),
         "triton": ("kernels/ops/*/kernel.py", "kernels/ops/report.py", "kernels/ops/trace/interpreter.py"),
-        **dict.fromkeys(("numba", "llvmlite"), ("kernels/ops/jit.py",)),
+        **dict.fromkeys(COMPILERS, ("kernels/ops/jit.py",)),
         "llguidance": ("minivllm/structured_output/*",),
         "transformers": (
             "minivllm/models/loader.py",
@@ -221,11 +222,11 @@ def sample_beyond_its_law(modules: Iterable[Module]) -> list[str]:
 
 # ------------------------------------------------------------------ kernels
 def unfree_kernels(modules: Iterable[Module]) -> list[str]:
-    """Kernels import torch, numpy, triton and the standard library; of ours, dispatch, build and their own operation,
-    and what operations agree on: the two that share a quantised cache have one description of it.
+    """Kernels import torch, numpy, triton and the standard library; of ours, dispatch, build, jit (the home of numba)
+    and their own operation, and what operations agree on: the two that share a quantised cache have one description.
 
     The report reads all operations; nobody imports it."""
-    complaints, shared = [], (["dispatch"], ["build"], ["quantised_cache"])
+    complaints, shared = [], (["dispatch"], ["build"], ["jit"], ["quantised_cache"])
     for found in imports(modules):
         if not found.importer.name.startswith("minivllm.kernels"):
             continue
@@ -236,7 +237,7 @@ def unfree_kernels(modules: Iterable[Module]) -> list[str]:
                 complaints.append(found.at(f"a kernel imports {found.target}"))
             elif operation != ["report"] and parts[2:3] not in (operation, *shared):
                 complaints.append(found.at(f"{'.'.join(operation)} imports another operation: {found.target}"))
-        elif not is_standard(found) and found.target.split(".")[0] not in ("torch", "numpy", "triton"):
+        elif not is_standard(found) and found.target.split(".")[0] not in ("torch", "numpy", "triton", *COMPILERS):
             complaints.append(found.at(f"a kernel imports {found.target}"))
     return complaints
 

@@ -26,6 +26,7 @@ COMES_WITH = {
     "tokenizers": "transformers",
     "huggingface_hub": "transformers",
     "jinja2": "torch",
+    "llvmlite": "numba",
     "werkzeug": "flask",
     "yaml": "pyyaml",
 }

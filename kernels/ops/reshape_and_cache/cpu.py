@@ -6,13 +6,10 @@ Twin in vLLM: csrc/cpu/cache.cpp.
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from minivllm.kernels.jit import array_at, jit, like, supports
+from minivllm.kernels.jit import INT64, array_at, jit, like, supports
 from minivllm.kernels.quantised_cache import LARGEST_CODE, SMALLEST_SCALE
-
-SLOTS = np.empty(0, np.int64)
 
 
 def write(
@@ -52,7 +49,7 @@ def _write_both(
         value = value.contiguous()
     addresses = (key.data_ptr(), value.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping.data_ptr())
     strides = (key.stride(0), value.stride(0))
-    wrong = _copy_rows(*addresses, *strides, key.shape[0], num_kv_heads, num_slots, head_size, like(key), SLOTS)
+    wrong = _copy_rows(*addresses, *strides, key.shape[0], num_kv_heads, num_slots, head_size, like(key), INT64)
     if wrong != -1:
         raise ValueError(f"slot_mapping: expected slots in [-1, {num_slots}), got {wrong}")
 

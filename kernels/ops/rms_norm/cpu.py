@@ -1,4 +1,4 @@
-"""rms_norm in one pass over each row. Called by the package on CPU tensors."""
+"""rms_norm in one pass over each row. Called by the package on CPU tensors. Twin in vLLM: csrc/cpu/layernorm.cpp."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""rotary_embedding in one pass. Called by the package on CPU tensors."""
+"""rotary_embedding in one pass. Called by the package on CPU tensors. Twin in vLLM: csrc/cpu/pos_encoding.cpp."""
 
 from typing import Any
 

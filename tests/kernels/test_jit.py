@@ -1,0 +1,113 @@
+"""What the compiled CPU kernels are made of: values in and out of bfloat16, exp and tanh, shapes, folders."""
+
+import numpy as np
+import pytest
+import torch
+
+from minivllm.kernels import jit as compiled
+from minivllm.kernels.jit import PerShape, array_at, exp, jit, like, narrow, supports, tanh, widen
+from minivllm.kernels.paged_attention import paged_attention
+from tests.kernels.helpers import DTYPES, Request, Shape, as_bits, make_batch, random_values
+from tests.tolerances import COMPILED_EXP
+
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    1e-45,
+    3.4e38,
+    -3.4e38,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    1.00390625,
+    1.01171875,
+]
+
+
+@jit
+def round_trip(source, target, num_values, like_source, like_target):
+    values, rounded = array_at(source, (num_values,), like_source), array_at(target, (num_values,), like_target)
+    for i in range(num_values):
+        rounded[i] = narrow(widen(values[i]), like_target)
+
+
+@jit
+def apply(values, exps, tanhs):
+    for i in range(len(values)):
+        exps[i], tanhs[i] = exp(values[i]), tanh(values[i])
+
+
+@pytest.mark.parametrize("source_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
+def test_values_are_rounded_as_torch_rounds_them(source_dtype: torch.dtype, target_dtype: torch.dtype):
+    """To the nearest, ties to even; NaN, infinities and signed zeros stay."""
+    source = torch.cat([torch.tensor(SPECIAL), random_values(5000, dtype=torch.float32)]).to(source_dtype)
+    target = torch.empty(len(source), dtype=target_dtype)
+    round_trip(source.data_ptr(), target.data_ptr(), len(source), like(source), like(target))
+    expected = source.to(target_dtype)
+    assert torch.equal(target.isnan(), expected.isnan())
+    assert torch.equal(as_bits(target[~target.isnan()]), as_bits(expected[~expected.isnan()]))
+
+
+def test_exp_and_tanh_are_those_of_float64():
+    values = np.linspace(-87, 88, 100_001).astype(np.float32)
+    exps, tanhs = np.empty_like(values), np.empty_like(values)
+    apply(values, exps, tanhs)
+    exact = np.exp(values.astype(np.float64))
+    assert (np.abs(exps - exact) <= COMPILED_EXP * exact).all()
+    assert (np.abs(tanhs - np.tanh(values.astype(np.float64))) <= COMPILED_EXP).all()
+
+
+def test_exp_far_out_and_of_what_is_no_number():
+    values = np.array([-1000, -np.inf, 100, np.inf, np.nan], dtype=np.float32)
+    exps, tanhs = np.empty_like(values), np.empty_like(values)
+    apply(values, exps, tanhs)
+    assert (exps[:2] >= 0).all() and (exps[:2] < 1e-37).all()
+    assert np.isposinf(exps[2:4]).all() and np.isnan(exps[4])
+    assert tanhs[:4].tolist() == [-1, -1, 1, 1] and np.isnan(tanhs[4])
+
+
+def test_a_kernel_is_made_once_for_each_shape():
+    made = []
+
+    @PerShape
+    def make(size: int):
+        made.append(size)
+        return lambda: size
+
+    assert (make(64)(), make(128)(), make(64)()) == (64, 128, 64)
+    assert made == [64, 128]
+
+
+def test_without_a_folder_to_write_to_kernels_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch):
+    plain = compiled.numba.njit
+
+    def njit(*arguments, cache: bool = False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(compiled.numba, "njit", njit)
+
+    @compiled.jit
+    def double(x):
+        return 2 * x
+
+    assert double(21) == 42
+
+
+def test_other_dtypes_are_left_to_the_reference():
+    assert [supports(torch.zeros(1, dtype=dtype)) for dtype in (torch.float16, torch.float64)] == [False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_number_in_the_context_shows_in_its_own_request_only(dtype: torch.dtype, bad: float):
+    batch = make_batch([Request(300, seed=1), Request(40, seed=2)], Shape(dtype=dtype))
+    block, slot = int(batch.metadata.block_table[0, 3]), 5
+    batch.k_cache[:, block, slot] = bad
+    out = paged_attention(batch.query, batch.k_cache, batch.v_cache, batch.metadata, scale=0.125, impl="cpu")
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
