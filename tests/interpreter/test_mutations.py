@@ -27,6 +27,7 @@ from minivllm.kernels import (
     logprobs,
     paged_attention,
     penalties,
+    quant_matmul,
     reshape_and_cache,
     rms_norm,
     rotary_embedding,
@@ -37,6 +38,8 @@ from minivllm.kernels import (
 from tests.interpreter import test_logprobs as likelihood
 from tests.interpreter import test_paged_attention as attention
 from tests.interpreter import test_penalties as penalty
+from tests.interpreter import test_quant_matmul as products
+from tests.interpreter import test_quantised_cache as codes
 from tests.interpreter import test_reshape_and_cache as cache
 from tests.interpreter import test_row_kernels as rows
 from tests.interpreter import test_token_bitmask as bitmask
@@ -48,11 +51,11 @@ OPERATIONS = MappingProxyType(
         package.__name__.rsplit(".", 1)[1]: package
         for package in (
             *(paged_attention, reshape_and_cache, rms_norm, rotary_embedding, silu_and_mul),
-            *(token_bitmask, penalties, logprobs, top_k_top_p),
+            *(token_bitmask, penalties, logprobs, top_k_top_p, quant_matmul),
         )
     }
 )
-FP32 = torch.float32
+FP32, INT8 = torch.float32, torch.int8
 
 CASES: MappingProxyType[str, tuple[Callable[[], object], ...]] = MappingProxyType(
     {
@@ -79,6 +82,9 @@ CASES: MappingProxyType[str, tuple[Callable[[], object], ...]] = MappingProxyTyp
             partial(cache.test_rows_land_in_their_slots_and_nothing_else_changes, FP32, 3, 16, 80),
             cache.test_every_stride_of_keys_and_values_is_taken_as_it_is,
             cache.test_keys_and_values_of_tokens_that_lie_far_apart,
+            partial(codes.test_codes_and_scales_are_the_references_and_nothing_else_changes, INT8, FP32, 3, 16, 80),
+            codes.test_int8_middles_go_to_the_even_code,
+            partial(codes.test_every_middle_between_two_codes_goes_to_the_even_one, "triton"),
         ),
         "paged_attention": (
             partial(attention.test_every_group_and_head_size, group=3, head_size=80),
@@ -87,6 +93,8 @@ CASES: MappingProxyType[str, tuple[Callable[[], object], ...]] = MappingProxyTyp
             partial(attention.test_splits_of_any_length_merge_into_the_whole, 64, {}),
             partial(attention.test_a_cache_beyond_two_to_the_31_values_is_read_at_the_right_place, 1, 31),
             partial(attention.test_a_cache_beyond_two_to_the_31_values_is_read_at_the_right_place, 3, 30),
+            partial(codes.test_every_dtype, INT8, FP32, codes.DECODES),
+            partial(codes.test_small_and_large_values_survive_in_float16, 1e-6),
         ),
         "token_bitmask": (
             partial(bitmask.test_the_reference_gives_the_same_bits, 33),
@@ -103,6 +111,11 @@ CASES: MappingProxyType[str, tuple[Callable[[], object], ...]] = MappingProxyTyp
             partial(likelihood.test_every_vocabulary, 33),
             partial(likelihood.test_masks_ties_and_broken_rows, 1),
             likelihood.test_offsets_beyond_two_to_the_31_are_right,
+        ),
+        "quant_matmul": (
+            partial(products.test_every_number_of_columns, "int8", 1, 129),
+            partial(products.test_every_dtype, "int4 in 32", FP32),
+            products.test_rows_that_lie_far_apart,
         ),
         "top_k_top_p": (
             draw.test_an_edge_that_is_met_exactly_belongs_to_one_side,
@@ -295,6 +308,65 @@ MUTATIONS = (
         "row = tl.program_id(0).to(tl.int64)\n    temperature",
         "row = tl.program_id(0)\n    temperature",
         "int32 offset",
+    ),
+    Mutation(
+        "quant_matmul",
+        "is_column = column < in_features",
+        "is_column = column <= in_features",
+        "mask of columns off by one",
+    ),
+    Mutation(
+        "quant_matmul",
+        "codes_ptr + output[None, :] * in_features",
+        "codes_ptr + output[None, :] * BLOCK_K",
+        "stride of the codes",
+    ),
+    Mutation(
+        "quant_matmul", "tl.load(scales_ptr + output,", "tl.load(scales_ptr + output * 0,", "one scale for all outputs"
+    ),
+    Mutation(
+        "quant_matmul",
+        "codes.to(rows.dtype), acc,",
+        "codes.to(rows.dtype), acc * 0.0,",
+        "sum of the earlier tiles forgotten",
+    ),
+    Mutation(
+        "quant_matmul",
+        "token[:, None] * rows_stride + column[None, :],",
+        "(token[:, None] * rows_stride).to(tl.int32) + column[None, :],",
+        "int32 offset",
+    ),
+    Mutation("quant_matmul", "byte // HALF * (2 * HALF) + byte % HALF", "byte", "halves of a group side by side"),
+    Mutation("quant_matmul", "_values(codes >> 4", "_values(codes & 15", "the low half twice"),
+    Mutation("quant_matmul", "group = first + tl.arange", "group = tl.arange", "scales of the first tile for all"),
+    Mutation("quant_matmul", "* scales + minimums)", "* scales)", "minimum forgotten"),
+    Mutation("reshape_and_cache", "tl.float32)), FLOOR)", "tl.float32)), 1.0)", "no scale below one"),
+    Mutation("reshape_and_cache", "tl.div_rn(rows, tl.broadcast_to(scale, rows.shape))", "rows", "codes not scaled"),
+    Mutation(
+        "reshape_and_cache",
+        "scale_target = heads * num_slots + slot",
+        "scale_target = heads + slot",
+        "stride of the scales",
+    ),
+    Mutation(
+        "paged_attention",
+        "scale_offset = kv_head.to(tl.int64) * num_slots + slot",
+        "scale_offset = kv_head.to(tl.int64) + slot",
+        "stride of the scales",
+    ),
+    Mutation("paged_attention", "scores *= key_scales[None, :]", "pass", "scale of the keys forgotten"),
+    Mutation("paged_attention", "weights *= value_scales[None, :]", "pass", "scale of the values forgotten"),
+    Mutation(
+        "paged_attention",
+        "(_widened(values, tl.float32) * value_scales[:, None])",
+        "_widened(values, tl.float32)",
+        "scale of values in float16 forgotten",
+    ),
+    Mutation(
+        "paged_attention",
+        "tl.load(k_scales_ptr + scale_offset",
+        "tl.load(v_scales_ptr + scale_offset",
+        "the scale of values for the keys",
     ),
 )
 
