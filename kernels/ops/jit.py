@@ -114,7 +114,13 @@ class PerShape:
 
 def use_torch_threads() -> None:
     """As many threads as torch has, for the kernels that this thread calls."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    if HAS_OPENMP:
+        num_threads = torch.get_num_threads()
+        numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(num_threads)  # the first time numba had told OpenMP to use all cores
+
+
+use_torch_threads()
 
 
 # ------------------------------------------------------------------ values

@@ -12,7 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
+from minivllm.kernels.paged_attention import KEYS_PER_ITEM, AttentionMetadata
 from minivllm.sample.metadata import SamplingMetadata
 from minivllm.sample.sampler import SamplerOutput, sample
 from minivllm.worker.input_batch import InputBatch
@@ -27,6 +29,23 @@ class CPUPath:
     def __init__(self, model: torch.nn.Module, kv_caches: KVCache):
         self.model: Any = model
         self.kv_caches = kv_caches
+
+    def compile_kernels(self, block_size: int, *, show_progress: bool = False) -> None:
+        """Compute one row behind a context that meets every kernel of a decode.
+
+        The first time ever they are compiled, some seconds; later they are read from disk. Better here than in front of
+        the first client. Reads the null block, writes no slot.
+        """
+        seq_len = KEYS_PER_ITEM + 1  # two items, to be merged
+        metadata = AttentionMetadata(
+            query_start_loc=[0, 1],
+            seq_lens=[seq_len],
+            block_table=torch.zeros(1, -(-seq_len // block_size), dtype=torch.int32),
+            slot_mapping=torch.tensor([-1]),
+            block_size=block_size,
+        )
+        with torch.inference_mode(), tqdm(total=1, desc="Preparing kernels", leave=False, disable=not show_progress):
+            self.model(torch.tensor([0]), torch.tensor([0]), self.kv_caches, metadata)
 
     def prepare(self, batch: InputBatch) -> InputBatch:
         """The batch with its tensors on the device. Valid until the next call."""

@@ -141,7 +141,10 @@ class Executor:
         show_progress: bool = False,
     ) -> CPUPath:
         if self.device.type != "cuda":
-            return CPUPath(model, caches)
+            path = CPUPath(model, caches)
+            if caches and self.impl in ("auto", "cpu"):
+                path.compile_kernels(plan.block_size, show_progress=show_progress)
+            return path
         return gpu.GPUPath(
             model,
             caches,

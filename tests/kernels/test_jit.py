@@ -1,5 +1,9 @@
 """What the compiled CPU kernels are made of: values in and out of bfloat16, exp and tanh, shapes, folders."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +100,18 @@ def test_without_a_folder_to_write_to_kernels_are_compiled_all_the_same(monkeypa
         return 2 * x
 
     assert double(21) == 42
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_kernels_leave_the_number_of_threads_as_it_is(num_threads: int):
+    """Numba tells OpenMP, which it shares with torch, to use all cores."""
+    program = (
+        "import torch; from minivllm.kernels.rms_norm import rms_norm; before = torch.get_num_threads(); "
+        "rms_norm(torch.ones(4, 64), torch.ones(64), 1e-5); print(before, torch.get_num_threads())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(num_threads)] * 2
 
 
 def test_other_dtypes_are_left_to_the_reference():

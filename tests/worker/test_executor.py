@@ -11,6 +11,7 @@ import torch
 
 from minivllm.config import CacheConfig
 from minivllm.errors import ConfigError
+from minivllm.kernels.paged_attention import KEYS_PER_ITEM
 from minivllm.models.linear import weight_bytes
 from minivllm.worker.executor import Executor, keep_freed_memory
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
@@ -78,7 +79,7 @@ def test_the_cache_is_what_the_plan_says(model: Any):
 
 
 def test_keys_and_values_have_the_executors_dtype(model: Any):
-    executor = Executor(model, torch.bfloat16, 64)
+    executor = Executor(model, torch.bfloat16, 64, impl="reference")  # whose kernels are not run beforehand
     executor.initialize_kv_cache(make_plan(executor))
     caches = runner_of(executor).kv_caches
     assert {cache.dtype for pair in caches for cache in pair} == {torch.bfloat16}
@@ -167,3 +168,16 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     keep_freed_memory()
+
+
+def test_the_kernels_are_ready_before_the_first_request(model: Any, monkeypatch: pytest.MonkeyPatch):
+    """One row went through the network, wrote nothing, and met a context of two items."""
+    calls = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *arguments: calls.append(arguments) or forward(*arguments))
+    executor = make_executor(model, poison=True)
+    executor.initialize_kv_cache(make_plan(executor))
+    ((_, input_ids, _, caches, metadata),) = calls
+    assert input_ids.tolist() == [0] and metadata.slot_mapping.tolist() == [-1]
+    assert metadata.seq_lens[0] > KEYS_PER_ITEM
+    assert all(cache.isnan().all() for pair in caches for cache in pair)

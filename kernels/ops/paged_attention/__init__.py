@@ -20,10 +20,18 @@ import torch
 from minivllm.kernels.dispatch import choose
 from minivllm.kernels.jit import supports
 from minivllm.kernels.paged_attention import cpu, reference
+from minivllm.kernels.paged_attention.cpu_plan import KEYS_PER_ITEM
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata, StepTensors, validate_metadata
 from minivllm.kernels.quantised_cache import check_scales, is_quantised
 
-__all__ = ["AttentionMetadata", "StepTensors", "encoder_attention", "paged_attention", "validate_metadata"]
+__all__ = [
+    "KEYS_PER_ITEM",
+    "AttentionMetadata",
+    "StepTensors",
+    "encoder_attention",
+    "paged_attention",
+    "validate_metadata",
+]
 
 
 def paged_attention(
