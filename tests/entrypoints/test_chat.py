@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -341,11 +342,12 @@ def test_too_long_says_so(web: Web):
 
 # ------------------------------------------------------------------ failures
 def break_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Every step but the first `after` fails."""
+    """Every step but the first `after` fails, late enough for their text to have been read."""
     execute, count = llm.llm_engine._executor.execute_model, itertools.count()
 
     def failing(step: Any, *masks: Any) -> Any:
         if next(count) >= after:
+            threading.Event().wait(0.3 if after else 0)
             raise RuntimeError("secret /srv/path")
         return execute(step, *masks)
 

@@ -421,9 +421,10 @@ def test_cuts_anywhere_else_leave_nothing(server: Server, engine: AsyncEngine, l
     for holder in holders:
         holder.close()
     settle_all(server, engine)
+    # Of connections that were cut at once some are read only now, and take their places for a moment.
+    eventually(lambda: post(server, CHAT, messages=HELLO, max_tokens=1).status == 200)
     pool = llm.llm_engine.scheduler.kv_cache.pool
-    assert pool.num_free_blocks == pool.num_blocks - 1
-    assert post(server, CHAT, messages=HELLO, max_tokens=1).status == 200
+    eventually(lambda: pool.num_free_blocks == pool.num_blocks - 1)
 
 
 # ------------------------------------------------------------------ the end
