@@ -5,7 +5,7 @@ Per attention layer two tensors, k_cache and v_cache:
     [num_kv_heads, num_blocks, block_size, head_size]   model dtype
 
 Head-major, so that blocks with ascending ids are one plain slice per head, [num_kv_heads, run * block_size,
-head_size]: attention multiplies with it without gathering (up to a quarter of the attention time of a CPU).
+head_size]: a prompt's attention on a CPU multiplies with it without gathering. A decode reads block by block anyway.
 
 Knows no request. Called by executor.py, llm_engine.py and the `plan` command.
 Twin in vLLM: get_kv_cache_configs in vllm/v1/core/kv_cache_utils.py.
