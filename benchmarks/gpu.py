@@ -5,12 +5,13 @@ Two tables, all of bfloat16 with the heads of Llama-3-8B (32 query heads, 8 KV h
     decode attention         microseconds, GB/s of keys and values, their fraction of what a copy reaches on this GPU
     attention of one layer   tokens per second, by our kernel, by torch's SDPA and by eager torch
 
-and with --model a third one, of the whole engine: output tokens per second with CUDA graphs and with enforce_eager, one
-after the other in turns, and their ratio.
+and with --model a third one, of the whole engine: output tokens per second with CUDA graphs, with enforce_eager and by
+transformers' generate in turns, their ratios, and the fraction of the rate at which the weights alone could be read.
+Without a checkpoint, random_model.py makes one of a real size.
 
 Torch's two get keys and values that lie together already; ours reads them through a block table. Times are the median
-of many runs by the GPU's own clock, each with a cold cache. `--rehearse` runs it small on a CPU in Triton's interpreter
-(TRITON_INTERPRET=1): that shows that the script works, its times mean nothing.
+of many replays of a CUDA graph by the GPU's own clock, each with a cold cache. `--rehearse` runs it small on a CPU in
+Triton's interpreter (TRITON_INTERPRET=1): that shows that the script works, its times mean nothing.
 """
 
 from __future__ import annotations
@@ -45,13 +46,19 @@ class Timer:
         self.flush = torch.empty(CACHE_BYTES if device == "cuda" else 1, dtype=torch.int8, device=device)
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """The median of one call, with a cold cache."""
+        """The median of one call, with a cold cache. On a GPU the call is captured and replayed, as a decode step is:
+        what the host needs to launch it is not in the time."""
         for _ in range(NUM_WARM_UPS if self.device == "cuda" else 1):
             call()
+        if self.device == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            call = graph.replay
         return statistics.median(self._once(call) for _ in range(self.num_runs))
 
     def _once(self, call: Callable[[], Any]) -> float:
-        self.flush.zero_()
+        self.flush.zero_()  # takes longer than the host needs to launch what follows
         if self.device != "cuda":
             start = time.perf_counter()
             call()
@@ -158,31 +165,72 @@ def comparison_row(timer: Timer, num_reqs: int, num_rows: int, seq_len: int) -> 
     return {"requests": num_reqs, "rows": num_rows, "context": seq_len, **rates, "largest_difference": off / largest}
 
 
-def engine_rows(model: str, device: str, num_reqs: tuple[int, ...], num_tokens: int) -> list[dict[str, Any]]:
-    """The third table: medians of ENGINE_ROUNDS rounds."""
-    from minivllm import LLM, SamplingParams
-
-    ways = {"graphs": False, "eager": True}
-    engines = {
-        name: LLM(
-            model, device=device, enforce_eager=enforce_eager, max_num_seqs=max(num_reqs), num_gpu_blocks_override=4096
-        )
-        for name, enforce_eager in ways.items()
+def engine_rows(
+    model: str, device: str, num_reqs: tuple[int, ...], num_tokens: int, copy_rate: float
+) -> list[dict[str, Any]]:
+    """The third table: medians of ENGINE_ROUNDS rounds, all ways on the GPU at once and in turns."""
+    ways = {
+        "graphs": our_engine(model, device, max(num_reqs), enforce_eager=False),
+        "eager": our_engine(model, device, max(num_reqs), enforce_eager=True),
+        "transformers": transformers_engine(model, device),
     }
-    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    weight_bytes = sum(file.stat().st_size for file in Path(model).rglob("*.safetensors")) or Path(model).stat().st_size
     rows = []
     for count in num_reqs:
-        prompts = [{"prompt_token_ids": [(7 * r + i) % 100 for i in range(64)]} for r in range(count)]
+        prompts = [[(7 * r + i) % 100 for i in range(64)] for r in range(count)]
         rates: dict[str, list[float]] = {name: [] for name in ways}
-        for _, (name, llm) in itertools.product(range(1 + ENGINE_ROUNDS), engines.items()):
+        for _, (name, way) in itertools.product(range(1 + ENGINE_ROUNDS), ways.items()):
             start = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
+            way(prompts, num_tokens)
             rates[name].append(count * num_tokens / (time.perf_counter() - start))
-        graphs, eager = (statistics.median(rates[name][1:]) for name in ways)  # the first round compiles
+        medians = {name: statistics.median(rates[name][1:]) for name in ways}  # the first round compiles
         rows.append(
-            {"requests": count, "graphs_tokens_per_s": graphs, "eager_tokens_per_s": eager, "ratio": graphs / eager}
+            {
+                "requests": count,
+                **{f"{name}_tokens_per_s": rate for name, rate in medians.items()},
+                "graphs_over_eager": medians["graphs"] / medians["eager"],
+                "graphs_over_transformers": medians["graphs"] / medians["transformers"],
+                "of_weight_reading": medians["graphs"] * weight_bytes / (count * copy_rate),
+            }
         )
     return rows
+
+
+Way = Callable[[list[list[int]], int], None]  # prompts and the number of tokens to add to each
+
+
+def our_engine(model: str, device: str, max_num_seqs: int, *, enforce_eager: bool) -> Way:
+    from minivllm import LLM, SamplingParams
+
+    llm = LLM(
+        model, device=device, enforce_eager=enforce_eager, max_num_seqs=max_num_seqs, num_gpu_blocks_override=4096
+    )
+
+    def generate(prompts: list[list[int]], num_tokens: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+    return generate
+
+
+def transformers_engine(model: str, device: str) -> Way:
+    """Its generate, one static batch; the prompts are equally long, so nothing is padded."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
+
+    def generate(prompts: list[list[int]], num_tokens: int) -> None:
+        ids = torch.tensor(prompts, device=device)  # [num_reqs, prompt length]
+        network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            pad_token_id=0,
+        )
+
+    return generate
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -217,7 +265,7 @@ def main() -> None:
     print(f"{table(result['decode'])}\n\nattention of one layer\n{table(result['comparison'])}")
     if arguments.model is not None:
         sizes = ((1, 2), 3) if arguments.rehearse else (ENGINE_REQUESTS, ENGINE_TOKENS)
-        result["engine"] = engine_rows(arguments.model, timer.device, *sizes)
+        result["engine"] = engine_rows(arguments.model, timer.device, *sizes, copy_rate)
         print(f"\nthe engine, {arguments.model}\n{table(result['engine'])}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

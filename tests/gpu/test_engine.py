@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ if not torch.cuda.is_available():  # the interpreter has no graphs: tests/interp
     pytestmark = pytest.mark.skip(reason=REASON)
 
 NUM_TOKENS = 12
+SHARE = 0.05  # of the GPU: up to two engines at once here, and those of tests beside this one
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_the_last_test() -> Iterator[None]:
+    """An engine and its graphs refer to each other: only a collection frees their memory."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def engine(model: Path, **options: Any) -> LLM:
-    options = {"dtype": "float32", "max_num_seqs": 9, "gpu_memory_utilization": 0.3, **options}
+    options = {"dtype": "float32", "max_num_seqs": 9, "gpu_memory_utilization": SHARE, **options}
     return LLM(str(model), device="cuda", **options)
 
 
@@ -79,6 +89,14 @@ def test_a_replayed_step_equals_an_eager_one(tiny_model: Callable[[str], Path]):
         assert float((replayed - eager).abs().max()) <= 64 * torch.finfo(torch.float32).eps * float(eager.abs().max())
 
 
+def test_the_first_of_equal_logits_is_taken():
+    """As the kernel does, and as the CPU does."""
+    logits = torch.zeros(3, 128_256, device="cuda")
+    logits[1, [70_000, 127_999]] = 1.0
+    logits[2, [5, 6]] = 1.0
+    assert logits.max(dim=1).indices.tolist() == [0, 70_000, 5]
+
+
 def test_weights_cache_and_buffers_are_on_the_gpu(tiny_model: Callable[[str], Path]):
     path = path_of(engine(tiny_model("llama")))
     tensors = [*path.model.parameters(), *path.model.buffers(), *(cache for pair in path.kv_caches for cache in pair)]
@@ -88,11 +106,12 @@ def test_weights_cache_and_buffers_are_on_the_gpu(tiny_model: Callable[[str], Pa
 
 def test_the_engine_stays_within_its_share(tiny_model: Callable[[str], Path]):
     total = torch.cuda.get_device_properties(0).total_memory
-    llm = engine(tiny_model("llama"), gpu_memory_utilization=0.3)
+    torch.cuda.reset_peak_memory_stats()
+    llm = engine(tiny_model("llama"))
     tokens(llm)
     plan = llm.llm_engine.plan
-    assert plan.device_bytes <= total and plan.pool_bytes <= 0.3 * total
-    assert torch.cuda.max_memory_reserved() <= 0.31 * total
+    assert plan.device_bytes <= total and plan.pool_bytes <= SHARE * total
+    assert torch.cuda.max_memory_reserved() <= 1.05 * SHARE * total
 
 
 def test_a_gpu_that_is_not_there_is_named(tiny_model: Callable[[str], Path]):

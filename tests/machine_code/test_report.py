@@ -50,6 +50,20 @@ def test_the_committed_snapshot_is_of_these_sources(rows: list[Row]):
         assert len(text.split("| paged_attention |")) == len(table.split("| paged_attention |"))
 
 
+SMALLEST = {build.kernel: build for build in report.all_builds()}  # one of each kernel
+
+
+@pytest.mark.parametrize("build", SMALLEST.values(), ids=lambda build: build.kernel.__name__)
+def test_a_number_that_is_one_compiles_too(build: Build):
+    """Triton then makes a constant of the argument, which has no methods of a tensor: the interpreter never does."""
+    ones = {name: 1 for name, type_name in build.types.items() if type_name == "i32"}
+    types = {name: type_name for name, type_name in build.types.items() if name not in ones}
+    small = dataclasses.replace(
+        build, types=types, constants={**build.constants, **ones}, divisible=build.divisible - ones.keys()
+    )
+    assert report.compile_build(small, BY_ARCH["sm_90"]).asm["cubin"]
+
+
 # ------------------------------------------------------------------ each budget can be broken
 @pytest.mark.parametrize(
     ("change", "complaint"),

@@ -76,11 +76,11 @@ def test_a_key_is_what_attention_makes_of_rows_and_context():
     many = {graph_key(64, context, [LLAMA_3_8B], multiprocessors=132) for context in gpu.context_buckets(32768)}
     assert len(few) == len(gpu.context_buckets(32768)) and len(many) == 1
     assert {key.cuts for key in many} == {((1, 0),)}
-    assert graph_key(1, 32768, [LLAMA_3_8B], multiprocessors=132).cuts == ((32, 1024),)
+    assert graph_key(1, 32768, [LLAMA_3_8B], multiprocessors=132).cuts == ((64, 512),)
 
 
 def test_layers_of_two_kinds_are_both_in_the_key():
-    mixed = graph_key(1, 16384, [KVCacheSpec(1, 256), LLAMA_3_8B, LLAMA_3_8B], multiprocessors=132)
+    mixed = graph_key(4, 16384, [KVCacheSpec(1, 256), LLAMA_3_8B, LLAMA_3_8B], multiprocessors=132)
     assert len(mixed.cuts) == 2 and mixed.cuts[0] != mixed.cuts[1]
 
 
@@ -377,6 +377,20 @@ def test_the_step_that_is_measured_has_the_full_budget(num_reqs: int, budget: in
     validate_metadata(batch.attention, num_blocks=1)
     assert batch.attention.num_tokens == len(batch.input_ids) == budget
     assert batch.attention.num_reqs == num_reqs and set(batch.attention.slot_mapping.tolist()) == {-1}
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "budget", "num_reqs", "lengths"),
+    [(1, 1024, 1, [128]), (3, 1024, 3, [128, 128, 128]), (64, 300, 1, [100, 100, 100]), (64, 256, 2, [128, 128])],
+)
+def test_no_request_of_the_measured_step_is_longer_than_the_model_allows(
+    max_num_seqs: int, budget: int, num_reqs: int, lengths: list[int]
+):
+    """An H100 showed it: its buffer of block ids is as wide as max_model_len."""
+    limits = Limits(max_num_seqs, budget, 128, 16)
+    batch = gpu.dummy_batch(num_reqs, limits)
+    assert batch.attention.seq_lens == lengths
+    gpu.InputBuffers(limits, CPU).put(batch, 0)
 
 
 def test_measuring_computes_a_full_step_with_logits_and_sampler(monkeypatch: pytest.MonkeyPatch):

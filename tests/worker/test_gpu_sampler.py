@@ -86,6 +86,17 @@ def test_a_vocabulary_smaller_than_the_logprobs_that_are_asked_for():
 
 def test_what_no_request_asks_for_is_not_computed(monkeypatch: pytest.MonkeyPatch):
     """A greedy step is one operation and one copy."""
-    for name in ("token_bitmask", "logit_bias", "penalties", "logprobs"):
+    for name in ("token_bitmask", "logit_bias", "penalties", "logprobs", "top_k_top_p_sample"):
         monkeypatch.setattr(gpu_sampler, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
     both(torch.randn(3, VOCAB_SIZE), metadata_of(*[SamplingParams(temperature=0.0)] * 3))
+
+
+def test_a_greedy_step_takes_the_first_of_equals_and_finds_broken_rows():
+    logits = torch.zeros(6, VOCAB_SIZE)
+    logits[1, [9, 40, 69]] = 2.0
+    logits[2] = -torch.inf
+    logits[3, 11], logits[4, 12] = torch.nan, torch.inf
+    logits[5, :] = -torch.inf
+    logits[5, 33] = -3.0
+    found = both(logits, metadata_of(*[SamplingParams(temperature=0.0)] * 6))
+    assert found.sampled_token_ids == [0, 9, -1, -1, -1, 33] and sorted(found.errors) == [2, 3, 4]

@@ -134,15 +134,18 @@ def paged_attention_kernel(
         slopes = tl.load(alibi_slopes_ptr + head, mask=is_row, other=0.0)  # [BLOCK_M]
 
     # Only tiles in which some row sees some key: up to the last row, from the first row's window on.
+    first_position = context + tile_in_request * BLOCK_Q
     last_row = tl.minimum(tile_in_request * BLOCK_Q + BLOCK_Q, num_rows) - 1
     stop = context + last_row + 1
     start = 0
     if sliding_window > 0:
-        start = tl.maximum(context + tile_in_request * BLOCK_Q - sliding_window + 1, 0) // TILE * TILE
+        start = tl.maximum(first_position - sliding_window + 1, 0) // TILE * TILE
     if HAS_SPLITS:
         start = tl.maximum(start, split * split_len)
         stop = tl.minimum(stop, (split + 1) * split_len)
 
+    window_edge = context + last_row - sliding_window + 1 if sliding_window > 0 else 0  # the last row's first key
+    score_unit = scale if HAS_CAP or HAS_SLOPES else scale * LOG2_E  # of the softmax in base 2
     cache_head = kv_head.to(tl.int64) * num_slots * head_size
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -173,19 +176,23 @@ def paged_attention_kernel(
         elif UPCAST:
             keys = keys.to(tl.float32)
             values = values.to(tl.float32)
-        scores = tl.dot(query, keys, input_precision="ieee") * scale  # [BLOCK_M, TILE]
+        scores = tl.dot(query, keys, input_precision="ieee") * score_unit  # [BLOCK_M, TILE]
         if IS_QUANTISED:
             scores *= key_scales[None, :]
         if HAS_CAP:  # tanh of the absolute value, and the sign again
             small = tl.exp(-2 * tl.abs(scores) / soft_cap)  # never overflows
             scores = tl.where(scores >= 0, soft_cap, -soft_cap) * (1 - small) / (1 + small)
-        distance = position[:, None] - key[None, :]  # [BLOCK_M, TILE]
         if HAS_SLOPES:
-            scores -= slopes[:, None] * distance.to(tl.float32)
-        visible = (distance >= 0) & is_row[:, None]
-        if sliding_window > 0:
-            visible &= distance < sliding_window
-        scores = tl.where(visible, scores * LOG2_E, float("-inf"))
+            scores -= slopes[:, None] * (position[:, None] - key[None, :]).to(tl.float32)
+        if HAS_CAP or HAS_SLOPES:
+            scores *= LOG2_E
+        # Only a tile at the end of a row's context, or of its window, hides keys from some row: of a long prompt few.
+        if (first_key + TILE > first_position + 1) | (first_key < window_edge):
+            distance = position[:, None] - key[None, :]  # [BLOCK_M, TILE]
+            visible = distance >= 0
+            if sliding_window > 0:
+                visible &= distance < sliding_window
+            scores = tl.where(visible, scores, float("-inf"))
 
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen nothing: exp2(-inf) = 0

@@ -273,7 +273,7 @@ def draw_kernel(
         row_ptr = logits_ptr + row * logits_stride
         token = _draw_by_id(row_ptr, vocab_size, uniform, largest, scale, LANES)
         tl.store(token_ids_ptr + row, token.to(tl.int64))
-        tl.store(num_kept_ptr + row, vocab_size.to(tl.int64))
+        tl.store(num_kept_ptr + row, tl.cast(vocab_size, tl.int64))  # a number that is 1 is no tensor
         return
 
     keys = keys_ptr + row * max_keys
