@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Structured output is a mask
 #
-# "Answer in JSON" is a wish. A *grammar* is none: before each draw it says which tokens may come next, and the logits of
-# all others become minus infinity. The model still chooses, among what is allowed. This page looks at that mask, one bit
-# for each token of the vocabulary.
+# "Answer in JSON" is a wish. A *grammar* is a rule: before each draw it says which tokens may come next, and the
+# logits of all others become minus infinity. The model still chooses, among what is allowed. This page looks at that
+# mask, one bit for each token of the vocabulary.
 
 # %%
 import json
@@ -38,7 +38,7 @@ grammars = llm.llm_engine.structured_output  # one manager for all requests of a
 
 # %%
 PROMPT = "Question: In which year did the Second World War end?\nAnswer:"
-year = StructuredOutputsParams(regex=r" (in )?[0-9]{4}")
+year = StructuredOutputsParams(regex=r"( in)? [0-9]{4}")
 for form in (None, year):
     params = SamplingParams(temperature=0, max_tokens=12, structured_outputs=form)
     print(repr(llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].text))
@@ -63,14 +63,15 @@ for token_id in [None, *tokenizer.encode(" 19", add_special_tokens=False)]:
         grammars.accept_tokens("year", [token_id])
     allowed = allowed_tokens("year")
     shown = [tokenizer.decode([one]) for one in allowed[:12]]
-    print(f"after {token_id and tokenizer.decode([token_id])!r:6}: {len(allowed):3d} tokens may come, as {shown}")
+    place = "at the start" if token_id is None else f"after {tokenizer.decode([token_id])!r}"
+    print(f"{place:12}: {len(allowed):3d} tokens may come, as {shown}")
 grammars.remove_request("year")
 
 # %% [markdown]
 # ## What it does to a draw
 #
-# The twenty likeliest tokens at the beginning of the answer, before and after the mask. What was forbidden has no share,
-# and the rest is scaled to 1: *the mask changes no order among what it allows.*
+# The twenty likeliest tokens at the beginning of the answer, before and after the mask. What was forbidden has no
+# share, and the rest is scaled to 1: *the mask changes no order among what it allows.*
 
 # %%
 greedy = SamplingParams(temperature=0, max_tokens=1, logprobs=20)
@@ -95,9 +96,9 @@ bars({"without": shares(None), "with the mask": shares(bitmask)}, limit=1.0)
 # %% [markdown]
 # ## A JSON schema, token by token
 #
-# A schema is a larger machine of the same kind. The colours say how much choice the model had at each token. Where there
-# is only one way to go on, the engine does not even ask the model: such tokens are *forced*, and several of them are
-# computed in one step.
+# A schema is a larger machine of the same kind. The colours say how much choice the model had at each token. Where
+# there is only one way to go on, the engine does not even ask the model: such tokens are *forced*, and several of
+# them are computed in one step.
 
 # %%
 SCHEMA = {
@@ -132,8 +133,7 @@ print(f"{forced} of {len(pieces)} tokens could not have been others")
 words(pieces, CHOICE)
 
 # %% [markdown]
-# One of the tokens that *could* have been others is not the same as one that the model wanted. Facts are the model's
-# affair; a small model may write a wrong number in perfect JSON.
+# The form is the grammar's, the content is the model's: a small one writes a wrong number in perfect JSON.
 #
 # ## It always parses
 #
@@ -150,10 +150,10 @@ for one in parsed[:5]:
     print("  ", one)
 
 # %% [markdown]
-# What was cut off by `max_tokens` is not valid: a grammar forces the form of an answer, not its length. An integer has no
-# last digit unless the schema says so.
+# What was cut off by `max_tokens` is not valid: a grammar forces the form of an answer, not its length. An integer
+# has no last digit unless the schema says so.
 #
 # ## Where it is
 #
-# `minivllm/structured_output/` compiles the grammar and fills the mask, `minivllm/sample/sampler.py` applies it first of
-# all, `kernels/ops/token_bitmask/` does so on a GPU.
+# `minivllm/structured_output/` compiles the grammar and fills the mask, `minivllm/sample/sampler.py` applies it first
+# of all, `kernels/ops/token_bitmask/` does so on a GPU.

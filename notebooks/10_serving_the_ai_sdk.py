@@ -87,8 +87,8 @@ print(chunks[-1]["usage"])
 # %% [markdown]
 # ## Several readers at once
 #
-# Three pages ask at the same time. Their answers grow together, because each step of the engine computes the next token
-# of all three. Each point is an event that has arrived.
+# Three pages ask, one a moment after the other. Nobody waits for an earlier answer to end: each step of the engine
+# computes the next token of all who are there. Each point is an event that has arrived.
 
 # %%
 arrived: dict[str, list[tuple[float, float]]] = {}
@@ -106,6 +106,7 @@ started = time.perf_counter()
 readers = [threading.Thread(target=read, args=item) for item in QUESTIONS.items()]
 for reader in readers:
     reader.start()
+    time.sleep(0.4)
 for reader in readers:
     reader.join()
 lines(arrived, x_label="seconds", y_label="events")
@@ -154,12 +155,13 @@ print(answer.status, answer.read().decode())
 
 # %%
 answer = post("/v1/chat/completions", chat("Count to one thousand.", max_tokens=400, **streamed))
-print(answer.readline().decode()[:60], "...")
+first = next(line for line in answer if b'"content":"' in line and b'"content":""' not in line)
+print(json.loads(first.removeprefix(b"data: "))["choices"][0]["delta"], "...")
 assert llm.llm_engine.scheduler.running
 answer.close()  # the page is closed
 while llm.llm_engine.scheduler.running:
     time.sleep(0.05)
-print("no request runs any more, and", end=" ")
+print("no request runs any more;", end=" ")
 pool = llm.llm_engine.scheduler.kv_cache.pool
 print(f"{pool.num_free_blocks} of {pool.num_blocks - 1} blocks are free")
 
@@ -168,5 +170,5 @@ server.stop()
 engine.shutdown()
 
 # %% [markdown]
-# From a terminal all of this is `minivllm serve`. Its README section has the guide's examples for the SDK, and
-# `tests/sdk/` runs them on four generations of it.
+# From a terminal all of this is `minivllm serve`. The guide's examples for the SDK are in `tests/sdk/`, which runs
+# them on four generations of it.

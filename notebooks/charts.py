@@ -72,7 +72,9 @@ def lines(
         y = place(low, value)[1]
         parts.append(_rect(left, y, width, 1, PALE))
         parts.append(_text(left - 8, y + 4, f"{value:.3g}", anchor="end", colour=GREY))
-    for x in sorted(set(xs)) if len(set(xs)) <= 12 else [low, (low + high) / 2, high]:
+    x_step = _round_step((high - low) / 6)
+    marks = [x_step * number for number in range(math.ceil(low / x_step), math.floor(high / x_step) + 1)]
+    for x in sorted(set(xs)) if len(set(xs)) <= 12 else marks:
         parts.append(_text(place(x, floor)[0], 16 + height + 18, f"{x:.3g}", anchor="middle", colour=GREY))
     for number, (name, points) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
