@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,11 @@ from minivllm.labs import workshop
 from minivllm.labs.workshop import Function, TooSlow
 
 SECONDS_PER_EXAMPLE = 5.0  # they take microseconds; only an endless loop gets here
+SECONDS_PER_CHECK = 30.0
 CLOSE = 1e-9  # two floats that differ less, relative or absolute, are the same
 SHOWN_CHARACTERS = 300  # of one value in a message
 ENDLESS = "does not end"
+MOMENT_SECONDS = 0.1  # what is left to an example when the others took all of the time
 
 Arguments = dict[str, Any]
 Outcome = dict[str, Any]  # "returns" and each argument that the function may change, or "error"
@@ -77,16 +80,18 @@ class Lab:
             raise ValueError(f"{self.name}: the solution must contain {mistake.old!r} once")
         return workshop.function_in(source.replace(mistake.old, mistake.new), f"{self.name}.py (wrong)", self.function)
 
-    def outcome(self, function: Function, arguments: Arguments, path: str = "") -> Outcome:
+    def outcome(
+        self, function: Function, arguments: Arguments, path: str = "", seconds: float = SECONDS_PER_EXAMPLE
+    ) -> Outcome:
         """What a function makes of (a copy of) the arguments. `path` is the file whose line an error names."""
         own = copy.deepcopy(arguments)
         handed = {name: iter(value) if name in self.once else value for name, value in own.items()}
         try:
-            with workshop.time_limit(SECONDS_PER_EXAMPLE):
+            with workshop.time_limit(seconds):
                 returned = plain(function(**handed))
         except TooSlow:
-            return {"error": f"{ENDLESS}: stopped after {SECONDS_PER_EXAMPLE:.0f} seconds"}
-        except Exception as error:
+            return {"error": f"{ENDLESS}: stopped after {seconds:.1f} seconds"}
+        except (Exception, SystemExit) as error:
             return {"error": f"raises {workshop.where_it_broke(error, path)}"}
         return {"returns": returned, **{name: plain(own[name]) for name in self.changes}}
 
@@ -116,8 +121,10 @@ def check(lab: Lab, function: Function, path: str = "") -> Verdict:
     examples = list(lab.examples())
     expected = [lab.expected(**copy.deepcopy(example.arguments)) for example in examples]
     found: list[Outcome] = []
+    deadline = time.monotonic() + SECONDS_PER_CHECK
     for example in examples:
-        found.append(lab.outcome(function, example.arguments, path))
+        seconds = min(SECONDS_PER_EXAMPLE, max(MOMENT_SECONDS, deadline - time.monotonic()))
+        found.append(lab.outcome(function, example.arguments, path, seconds))
         if ENDLESS in str(found[-1].get("error")):  # one is enough
             break
     right = [same(one, other) for one, other in zip(found, expected, strict=False)]
@@ -127,6 +134,8 @@ def check(lab: Lab, function: Function, path: str = "") -> Verdict:
     example = examples[first]
     if "NotImplementedError" in str(found[first].get("error")):
         message = f"It is not written yet. Replace the line `{workshop.NOT_WRITTEN}`; the example shows what is wanted."
+    elif ENDLESS in str(found[first].get("error")):
+        message = f"It never ends here. Is there a loop whose condition nothing changes? The example: {example.about}"
     else:
         message = explain(lab, examples, found, expected[first], first) or example.about
     return Verdict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import time
 from pathlib import Path
 
@@ -128,7 +129,31 @@ def test_an_endless_loop_is_stopped(monkeypatch: pytest.MonkeyPatch):
         "        try:\n            pass\n        except Exception:\n            pass\n    return True"
     )
     verdict = check_source(find("preempt"), source)
-    assert verdict.got.startswith("does not end")
+    assert verdict.got.startswith("does not end") and "never ends" in verdict.message
+
+
+def test_a_slow_answer_is_stopped_in_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(labs, "SECONDS_PER_CHECK", 0.5)
+    source = workshop.solution("top_p").replace("    largest = ", "    time.sleep(0.2)\n    largest = ")
+    started = time.perf_counter()
+    verdict = check_source(find("top_p"), source.replace("import math", "import math, time"))
+    assert not verdict.passed and verdict.num_passed >= 1
+    assert time.perf_counter() - started < LIMIT_SECONDS / 10
+
+
+def test_an_answer_that_exits_is_an_error_like_others():
+    verdict = check_source(find("allocate"), "def allocate(**arguments):\n    raise SystemExit(3)")
+    assert verdict.got == "raises SystemExit: 3, in line 2"
+
+
+def test_rejection_sampling_gives_exactly_the_targets_distribution():
+    """All drafts by their probability, all uniforms of a grid: counted, not drawn. The engine has no general rule."""
+    draft, target = [0.75, 0.125, 0.125], [0.25, 0.375, 0.375]
+    function, counts = find("rejection_sampling").solution(), [0.0] * 3
+    for token_id, accept, draw in itertools.product(range(3), range(48), range(16)):
+        arguments = ([token_id], [draft], [target, target], [(accept + 0.5) / 48], (draw + 0.5) / 16)
+        counts[function(*arguments)[0]] += draft[token_id]
+    assert [count / (48 * 16) for count in counts] == target
 
 
 def test_online_softmax_may_read_its_tiles_once_only():
