@@ -18,6 +18,7 @@ from minivllm.errors import ClientError
 
 TO_WRITE = re.compile(r"^( *)# --- your code\n.*?^ *# --- end\n", re.DOTALL | re.MULTILINE)
 MARKS = re.compile(r"^ *# --- (your code|end)\n", re.MULTILINE)
+SECONDS_TO_LOAD = 20.0  # a file may import torch
 NOT_WRITTEN = 'raise NotImplementedError("your code")'
 
 Function = Callable[..., Any]
@@ -54,7 +55,10 @@ def function_in(source: str, path: str, name: str) -> Function:
     module = types.ModuleType(Path(path).stem)
     module.__file__ = path
     try:
-        exec(compile(source, path, "exec"), module.__dict__)
+        with time_limit(SECONDS_TO_LOAD):
+            exec(compile(source, path, "exec"), module.__dict__)
+    except TooSlow:
+        raise ClientError(f"Python is not through with {path} after {SECONDS_TO_LOAD:.0f} seconds.") from None
     except (Exception, SystemExit) as error:
         raise ClientError(f"Python cannot run {path}: {where_it_broke(error, path)}") from None
     function = getattr(module, name, None)

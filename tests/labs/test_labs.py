@@ -188,6 +188,12 @@ def test_a_file_that_does_not_load_says_why(source: str, told: str):
         workshop.function_in(source, "allocate.py", "allocate")
 
 
+def test_a_file_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workshop, "SECONDS_TO_LOAD", 0.2)
+    with pytest.raises(workshop.ClientError, match="not through with allocate.py"):
+        workshop.function_in("while True: pass", "allocate.py", "allocate")
+
+
 def test_a_lab_is_found_by_what_people_type():
     assert find("chunk-budget") is find("chunk_budget") is find("chunk_budget.py")
     with pytest.raises(workshop.ClientError, match="there are: allocate, "):
