@@ -12,7 +12,8 @@ SOURCES = sorted(Path(__file__).parent.glob("[0-9]*.py"))
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_notebook_runs(source: Path) -> None:
     notebook = jupytext.read(source)
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    here = {"metadata": {"path": str(source.parent)}}  # where Jupyter starts it, so that charts.py is found
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=here).execute()
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

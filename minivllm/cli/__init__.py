@@ -1,9 +1,10 @@
-"""The command line: serve, chat, generate, embed, pull, plan, run-batch.
+"""The command line: serve, chat, generate, embed, pull, plan, run-batch, lab.
 
     __init__.py      the table of commands, and what an error looks like
     serving.py       serve                      conversation.py  chat
     offline.py       generate, embed            batch.py         run-batch
-    models.py        pull, plan                 options.py terminal.py  what they share
+    models.py        pull, plan                 labs.py          lab list, lab start, lab check
+    options.py terminal.py  what they share
 
 Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
 error. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
@@ -24,6 +25,7 @@ from rich.text import Text
 from minivllm.cli.batch import run_batch
 from minivllm.cli.completion import complete
 from minivllm.cli.conversation import chat
+from minivllm.cli.labs import lab_commands
 from minivllm.cli.models import plan, pull
 from minivllm.cli.offline import embed, generate
 from minivllm.cli.serving import serve
@@ -78,6 +80,7 @@ for _name, _command in (
     ("run-batch", run_batch),
 ):
     app.command(_name, cls=SettingsCommand)(_command)
+app.add_typer(lab_commands(), name="lab")
 
 
 def wait_awake_for_a_moment() -> None:

@@ -18,7 +18,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"models", "sample", "core", "openai_client"}),
     frozenset({"worker", "structured_output", "speculative"}),
     frozenset({"engine"}),
-    frozenset({"entrypoints", "cli", "llm", "verify", "trace"}),
+    frozenset({"entrypoints", "cli", "labs", "llm", "verify", "trace"}),
     frozenset({"minivllm"}),  # the face: public names only
 )
 # The command line starts whatever its own row offers (serve, run-batch, verify, explain); nobody there imports it.
