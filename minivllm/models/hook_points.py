@@ -2,7 +2,7 @@
 
     "model.layers.3.self_attn"        what transformers' module of this name returns, one row per token
     "model.layers.3.self_attn.in"     what is given to it
-    "layers.3.attn.out"               the first one's short name: no prefix, attn for any attention; .out changes nothing
+    "layers.3.attn.out"               the first one's short name: no prefix, any attention is attn, .out may stay away
     "layers.*.mlp"                    one for each layer; * is one part of a name
 
 Where our networks compute two of transformers' modules as one (q, k and v; a sum and the norm behind it), the point
@@ -88,7 +88,7 @@ class ResidualSum(Rows):
 
 
 def _first(payload: Any) -> torch.Tensor:  # any shape
-    return payload[0] if isinstance(payload, tuple) else payload
+    return payload[0] if isinstance(payload, tuple) and payload else payload
 
 
 def _rows_of(tensor: Any, num_tokens: int) -> torch.Tensor:  # [num_tokens, ...], a view
@@ -189,12 +189,14 @@ def _encoder_points(model: BertModel) -> Iterator[HookPoint]:
 def _foreign_points(model: Any) -> Iterator[HookPoint]:
     """transformers' own network (models/hf_backend.py): each module has its own name already.
 
-    Left out: containers, which are never called, rotary angles, and the network itself and its head."""
+    Left out: what is never called (containers, some dropouts), rotary angles, token ids, the network itself, its head.
+    """
     base = f"{model.network.base_model_prefix}."
     for name, module in model.network.named_modules():
-        is_container = isinstance(module, nn.ModuleList | nn.ModuleDict) or name + "." == base
-        if name.startswith(base) and not is_container and "rotary_emb" not in name and not name.endswith(".decoder"):
-            yield HookPoint(f"{name}.in", module, True, Rows())
+        is_outside = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Dropout) or "rotary_emb" in name
+        if name.startswith(base) and not is_outside and name != f"{base}decoder":
+            if not isinstance(module, nn.Embedding):
+                yield HookPoint(f"{name}.in", module, True, Rows())
             yield HookPoint(name, module, False, Rows())
 
 
