@@ -15,7 +15,7 @@ RECORDS = frozenset({"config", "errors", "hub", "outputs", "sampling_params", "v
 PLAIN_RECORDS = RECORDS - {"hub"}  # hub reads files and starts pip
 ROWS: tuple[frozenset[str], ...] = (
     frozenset({"records", "kernels"}),
-    frozenset({"models", "sample", "core", "openai_client"}),
+    frozenset({"models", "sample", "core", "openai_client", "figures"}),
     frozenset({"worker", "structured_output", "speculative"}),
     frozenset({"engine"}),
     frozenset({"entrypoints", "cli", "llm", "verify", "trace"}),
