@@ -38,7 +38,7 @@ def token_heatmap(
         source: an output of LLM.generate, or a list of texts.
         values: "logprob" or "entropy" (nats) of the output's logprobs, which the request must have asked for; of its
             prompt_logprobs, too, where it has them. Or numbers, one for each token of the answer, or of prompt and
-            answer, or of all but the newest token, which nothing is computed for. None, NaN and infinite ones: no colour.
+            answer, or of all but the newest token, which nothing is computed for. None, NaN, infinite ones: no colour.
         candidate: which of the n answers.
         tokenizer: for texts where the output has no logprobs; None: ids.
         show_values: the numbers below the tokens, too.
