@@ -31,7 +31,7 @@ margin:0 .5em}
 .minivllm-figure .first{outline:2px solid rgb(217,72,15);background:rgba(217,72,15,.25)}
 .minivllm-figure .after{opacity:.55}
 @media(max-width:600px){.minivllm-figure .runs{grid-template-columns:1fr;gap:.8em}}
-""".replace("\n", "")
+"""
 
 PAGE = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

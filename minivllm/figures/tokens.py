@@ -9,12 +9,13 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from minivllm.errors import InvalidRequestError
 from minivllm.outputs import Logprob, RequestOutput
 
-BLANKS = str.maketrans({" ": "·", "\t": "⇥", "\n": "⏎", "\r": "␍"})
+BLANKS = MappingProxyType({" ": "·", "\t": "⇥", "\n": "⏎", "\r": "␍"})
 
 Source = RequestOutput | Sequence[str]  # an answer, or tokens as texts
 
@@ -100,8 +101,8 @@ def visible(text: str) -> str:
         return '<span class="blank">∅</span>'
     parts = []
     for character in text:
-        if character in " \t\n\r":
-            parts.append(f'<span class="blank">{character.translate(BLANKS)}</span>')
+        if character in BLANKS:
+            parts.append(f'<span class="blank">{BLANKS[character]}</span>')
         else:
             parts.append(html.escape(character))
     return "".join(parts)
