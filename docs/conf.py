@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for modules.py
 
 from minivllm.version import __version__
 
-project, author, copyright = "minivllm", "the minivllm authors", "the minivllm authors"  # noqa: A001
+project, author, copyright = "minivllm", "the minivllm authors", "the minivllm authors"
 release = version = __version__
 root_doc = "docs/index"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "modules"]
@@ -30,12 +30,15 @@ suppress_warnings = ["myst.header"]  # a page may begin with a second-level head
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 highlight_language = "none"  # a block without a language is a drawing
 smartquotes = False
 
 html_theme = "furo"
 html_title = "minivllm"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_additional_pages = {"index": "to_first_page.html"}
 html_show_sphinx = False
 html_copy_source = False
