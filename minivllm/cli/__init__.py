@@ -1,9 +1,10 @@
-"""The command line: serve, chat, generate, embed, pull, plan, run-batch.
+"""The command line: serve, chat, generate, embed, pull, plan, run-batch, bench.
 
     __init__.py      the table of commands, and what an error looks like
     serving.py       serve                      conversation.py  chat
     offline.py       generate, embed            batch.py         run-batch
-    models.py        pull, plan                 options.py terminal.py  what they share
+    models.py        pull, plan                 bench.py         bench
+    options.py terminal.py  what they share
 
 Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
 error. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
@@ -22,6 +23,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minivllm.cli.batch import run_batch
+from minivllm.cli.bench import bench
 from minivllm.cli.completion import complete
 from minivllm.cli.conversation import chat
 from minivllm.cli.models import plan, pull
@@ -76,6 +78,7 @@ for _name, _command in (
     ("plan", plan),
     ("pull", pull),
     ("run-batch", run_batch),
+    ("bench", bench),
 ):
     app.command(_name, cls=SettingsCommand)(_command)
 

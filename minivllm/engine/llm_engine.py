@@ -63,6 +63,7 @@ from minivllm.worker.executor import Executor
 from minivllm.worker.gpu import MemorySnapshot, choose_device
 from minivllm.worker.hooks import Hooks
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
+from minivllm.worker.model_runner import ModelRunner
 
 AnyOutput = RequestOutput | EmbeddingRequestOutput
 logger = logging.getLogger(__name__)
@@ -247,6 +248,11 @@ class LLMEngine:
     def hooks(self) -> Hooks:
         """What sees and changes the network's values: LLM.hook and LLM.capture."""
         return self._executor.hooks
+
+    @property
+    def model_runner(self) -> ModelRunner:
+        """Who computes the steps, for profiles (bench/profile.py)."""
+        return self._executor.runner
 
     def decisions(self) -> list[Decision]:
         """What the last step decided for every request, waiting ones included."""

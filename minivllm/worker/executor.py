@@ -163,8 +163,13 @@ class Executor:
             self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, block_size, self.batch_invariant
         )
 
-    def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:
-        """One step; grammar_bitmask is called when the forward is on its way."""
+    @property
+    def runner(self) -> ModelRunner:
+        """Who computes the steps."""
         if self._runner is None:
             raise ConfigError("initialize_kv_cache comes before the first step")
-        return self._runner.execute_model(step, grammar_bitmask)
+        return self._runner
+
+    def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:
+        """One step; grammar_bitmask is called when the forward is on its way."""
+        return self.runner.execute_model(step, grammar_bitmask)
