@@ -116,6 +116,9 @@ def test_what_cannot_be_measured_is_refused(tiny_model: Callable[[str], Path]):
     for refused in (measure, profile):
         with pytest.raises(InvalidRequestError, match="measures generating models"):
             refused(vectors, SMALL)
+    short = LLM(tiny_model("llama"), max_model_len=4)
+    with pytest.raises(ConfigError, match="no room for a decode step"):
+        profile(short.llm_engine, SMALL)
     drafting = LLM(tiny_model("llama"), speculative_config={"method": "ngram", "num_speculative_tokens": 2})
     with pytest.raises(ConfigError, match="plain decode steps"):
         profile(drafting.llm_engine, SMALL)

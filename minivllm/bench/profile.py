@@ -11,8 +11,9 @@
     forward      Python between the parts of the network             models/
     engine       all the rest of a step: outputs, runner, glue       engine/, worker/
 
-A part's time is its own, without parts inside it, so that they add up to the step. Steps with and without the stopwatch
-take turns: what it costs itself is the difference, and is told.
+A part's time is its own, without parts inside it, so that they add up to the step. One step is shown, the middle one: on a
+machine that does other things as well a mean says little. Steps with and without the stopwatch take turns: what it
+costs itself is the difference, and is told.
 
 The parts are functions that modules of ours call by a global name, and methods; while a step is profiled other ones
 stand in their places, and `finally` puts them back. A replayed CUDA graph calls no function: CPUs only.
@@ -80,12 +81,12 @@ class Part:
 
     name: str
     milliseconds: float
-    calls: float
+    calls: int
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A decode step of so many requests. Parts are means over the steps, the longest first."""
+    """A decode step of so many requests: the middle one of num_steps, its longest part first."""
 
     num_requests: int
     num_steps: int
@@ -111,7 +112,8 @@ class Profile:
 def profile(engine: LLMEngine, workload: Workload, num_steps: int = 16) -> Profile:
     """Profile decode steps of a workload's requests, all of them behind their prompts.
 
-    Raises InvalidRequestError: the model draws no tokens. ConfigError: the engine computes on a GPU, or guesses tokens.
+    Raises InvalidRequestError: the model draws no tokens. ConfigError: the engine computes on a GPU, guesses
+    tokens, or has too short a context.
     """
     check_generates(engine)
     if engine.model_runner.kv_caches[0][0].device.type != "cpu":
@@ -121,26 +123,27 @@ def profile(engine: LLMEngine, workload: Workload, num_steps: int = 16) -> Profi
     model = engine.config.model
     jobs = jobs_of(workload, -1, model.vocab_size, model.max_model_len)
     request_ids = add_jobs(engine, jobs)
-    watch, plain, num_timed = Stopwatch(), list[float](), 0
+    timed, plain = list[Stopwatch](), list[float]()
     try:
         while engine.scheduler.waiting or any(r.num_output_tokens < 2 for r in engine.scheduler.running):
             engine.step()
         num_requests = len(engine.scheduler.running)
-        while num_timed < num_steps and len(engine.scheduler.running) == num_requests:
+        while num_requests and len(timed) < num_steps and len(engine.scheduler.running) == num_requests:
             started = time.perf_counter()
             engine.step()
             plain.append(time.perf_counter() - started)
-            with _parts_timed(engine, watch):
-                watch.around(REST, engine.step)()
-            num_timed += 1
+            timed.append(Stopwatch())
+            with _parts_timed(engine, timed[-1]):
+                timed[-1].around(REST, engine.step)()
     finally:
         for request_id in request_ids:
             engine.abort_request(request_id)
-    parts = [
-        Part(name, 1000 * seconds / num_timed, watch.calls[name] / num_timed) for name, seconds in watch.seconds.items()
-    ]
+    if not timed:
+        raise ConfigError("max_model_len leaves no room for a decode step to profile.", parameter="max_model_len")
+    middle = sorted(timed, key=lambda watch: sum(watch.seconds.values()))[len(timed) // 2]
+    parts = [Part(name, 1000 * seconds, middle.calls[name]) for name, seconds in middle.seconds.items()]
     parts.sort(key=lambda part: -part.milliseconds)
-    return Profile(num_requests, num_timed, parts, 1000 * statistics.median(plain))
+    return Profile(num_requests, len(timed), parts, 1000 * statistics.median(plain))
 
 
 @contextmanager

@@ -49,11 +49,13 @@ def bench(
 
     from minivllm.bench.measure import measure
     from minivllm.bench.profile import profile as profile_steps
-    from minivllm.bench.workloads import WORKLOADS
+    from minivllm.bench.workloads import WORKLOADS, jobs_of
 
     results, profiles = [], {}
     for name in names:
-        with tqdm(desc=name, unit=" tokens", leave=False, disable=as_json) as bar:
+        jobs = jobs_of(WORKLOADS[name], 0, engine.config.model.vocab_size, engine.config.model.max_model_len)
+        total = (rounds + 1) * sum(job.num_output_tokens for job in jobs)
+        with tqdm(desc=name, total=total, unit="tok", leave=False, disable=as_json) as bar:
             results.append(measure(engine, WORKLOADS[name], rounds, bar.update))
         if profile:
             profiles[name] = profile_steps(engine, WORKLOADS[name])
@@ -94,13 +96,13 @@ def _profile_table(name: str, profile: Profile) -> Table:
     table = Table(
         "part", "ms", "%", "calls", "",
         title=f"one decode step of {profile.num_requests} request(s), {name}",
-        caption=f"mean of {profile.num_steps} steps; without the stopwatch a step takes "
+        caption=f"the middle one of {profile.num_steps} steps;\nwithout the stopwatch a step takes "
         f"{profile.plain_milliseconds:.2f} ms",
     )  # fmt: skip
     for part in profile.parts:
         share = part.milliseconds / profile.milliseconds
         bar = "█" * round(24 * share)
-        table.add_row(part.name, f"{part.milliseconds:.3f}", f"{100 * share:.1f}", f"{part.calls:.0f}", bar)
+        table.add_row(part.name, f"{part.milliseconds:.3f}", f"{100 * share:.1f}", str(part.calls), bar)
     table.add_section()
     table.add_row("the step", f"[bold]{profile.milliseconds:.3f}[/bold]", "100.0", "", "")
     return table
