@@ -11,8 +11,8 @@
     forward      Python between the parts of the network             models/
     engine       all the rest of a step: outputs, runner, glue       engine/, worker/
 
-A part's time is its own, without parts inside it, so that they add up to the step. One step is shown, the middle one: on a
-machine that does other things as well a mean says little. Steps with and without the stopwatch take turns: what it
+A part's time is its own, without parts inside it, so that they add up to the step. One step is shown, the middle one:
+on a machine that does other things as well a mean says little. Steps with and without the stopwatch take turns: what it
 costs itself is the difference, and is told.
 
 The parts are functions that modules of ours call by a global name, and methods; while a step is profiled other ones
