@@ -9,7 +9,7 @@ Knows no HTTP. Twin in vLLM: vllm/entrypoints/llm.py (same names; `stream` is ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from minivllm.outputs import (
 )
 from minivllm.sample.beam_search import beam_search
 from minivllm.sampling_params import BeamSearchParams, SamplingParams
+from minivllm.worker.capture import Capture
+from minivllm.worker.hooks import Hook, HookFunction, Hooks
 
 Message = dict[str, Any]
 
@@ -266,6 +268,52 @@ class LLM:
             for a, b in pairs_of(embedded[: len(left)], embedded[len(left) :])
         ]
 
+    # ------------------------------------------------------------------ what the network computes
+    def hook(self, name: str, fn: HookFunction, *, prompts: Collection[int] | None = None) -> Hook:
+        """Call `fn(values, context)` wherever the network computes `name`, once per request and step.
+
+            with llm.hook("layers.3.mlp", lambda values, context: values + direction, prompts=[1]):
+                llm.generate([one, other])              # steers the second answer, and no bit of the first
+
+        Requests that begin while the hook is set have it. They do without the prefix cache.
+
+        Args:
+            name: transformers' name of a module, "model.layers.3.self_attn"; its short form, "layers.3.attn"; with
+                `.in` behind it for what the module is given; "layers.*.mlp" for one of each layer.
+            fn: gets the request's rows of this step, [its tokens, ...], a copy, and a HookContext. Returns None, or
+                what takes their place. An error in it ends that request (generate then raises ServerError), no other.
+            prompts: only for these of the prompts of one call, counted from 0. None: for all.
+
+        Raises InvalidRequestError: no such name (near ones are listed), or the engine has drafts to verify.
+        """
+        return self._hooks.add(name, fn, prompts)
+
+    def capture(self, *names: str, prompts: Collection[int] | None = None) -> Capture:
+        """Keep what the network computes at `names`, for every request that begins until the capture is closed.
+
+            with llm.capture("layers.3.attn.out") as captured:
+                outputs = llm.generate(prompts)
+            captured.of(outputs[0])                     # [num_positions, hidden_size]
+
+        Names, prompts and errors as in `hook`. A hook that was set before is seen, one set later is not.
+        """
+        if not names:
+            raise InvalidRequestError("capture needs at least one name.", parameter="names")
+        return Capture(self._hooks, names, prompts)
+
+    def hook_points(self) -> list[str]:
+        """All names that `hook` and `capture` know, in the order of computation."""
+        return list(self._hooks.points)
+
+    @property
+    def _hooks(self) -> Hooks:
+        if self.llm_engine.config.speculative is not None:
+            raise InvalidRequestError(
+                "Hooks would also see drafts that are never part of an answer: leave speculative_config out.",
+                parameter="speculative_config",
+            )
+        return self.llm_engine.hooks
+
     # ------------------------------------------------------------------ the rest
     def get_tokenizer(self) -> Any:
         return self.llm_engine.tokenizer
@@ -289,6 +337,8 @@ class LLM:
     def _run(self, jobs: list[dict[str, Any]], use_tqdm: bool) -> list[Any]:
         """Queue all jobs, or none if one of them is bad; step until they are done; answer in their order."""
         requests = [self.llm_engine.process_input(**job) for job in jobs]
+        for index, request in enumerate(requests):
+            request.prompt_index = index
         finished: dict[str, AnyOutput] = {}
         waiting = {request.request_id for request in requests}
         try:

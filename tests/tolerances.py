@@ -10,6 +10,7 @@ CHI_SQUARE_DEVIATIONS = 4.0  # normal deviations; seeds are fixed, a correct sam
 HF_LOGPROB_ATOL = 1e-4  # house law: fp32 networks agree with transformers to this, whatever the order of their sums
 HF_TIE_GAP = 1e-4  # below this gap of the two best log-probabilities a greedy choice is a tie
 HF_HIDDEN_ATOL = 1e-4  # final hidden states of encoders: layer-normed, so of size 1
+HF_ACTIVATION_RTOL = 1e-5  # of a point's largest value, at least 1: fp32 sums of up to 200 terms, 4 layers deep
 LINEAR_RTOL = 1e-5  # one fp32 product of up to 2000 terms against another order of the same sum, times its size
 INT8_ROW_STEP = 0.502 / (127 * 256)  # of a row's largest value: half a step of its two digits, and fp32's own rounding
 BF16_STEP = 0.502 * 2**-7  # half a step of bfloat16, of the value, and a little for sums in float32

@@ -1,9 +1,10 @@
-"""The command line: serve, chat, generate, embed, pull, plan, run-batch, lab.
+"""The command line: serve, chat, generate, embed, pull, plan, run-batch, bench, lab.
 
     __init__.py      the table of commands, and what an error looks like
     serving.py       serve                      conversation.py  chat
     offline.py       generate, embed            batch.py         run-batch
-    models.py        pull, plan                 labs.py          lab list, lab start, lab check
+    models.py        pull, plan                 bench.py         bench
+    labs.py          lab list, lab start, lab check
     options.py terminal.py  what they share
 
 Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
@@ -23,6 +24,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minivllm.cli.batch import run_batch
+from minivllm.cli.bench import bench
 from minivllm.cli.completion import complete
 from minivllm.cli.conversation import chat
 from minivllm.cli.labs import lab_commands
@@ -78,6 +80,7 @@ for _name, _command in (
     ("plan", plan),
     ("pull", pull),
     ("run-batch", run_batch),
+    ("bench", bench),
 ):
     app.command(_name, cls=SettingsCommand)(_command)
 app.add_typer(lab_commands(), name="lab")

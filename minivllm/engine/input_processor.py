@@ -72,6 +72,7 @@ class EngineCoreRequest:
     max_tokens: int = 0  # output limit: what was asked for, or the room that the prompt leaves
     max_tokens_clamped: bool = False  # more was asked for than there is room
     truncated_to: int | None = None  # tokens of a prompt that had more of them, and was to be cut
+    prompt_index: int = 0  # which of the prompts that came in one call: hooks may be for some of them
     grammar: CompiledGrammar | None = None  # of sampling_params.structured_outputs; set by llm_engine.py
 
 

@@ -61,7 +61,9 @@ from minivllm.sampling_params import SamplingParams
 from minivllm.structured_output.manager import StructuredOutputManager
 from minivllm.worker.executor import Executor
 from minivllm.worker.gpu import MemorySnapshot, choose_device
+from minivllm.worker.hooks import Hooks
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
+from minivllm.worker.model_runner import ModelRunner
 
 AnyOutput = RequestOutput | EmbeddingRequestOutput
 logger = logging.getLogger(__name__)
@@ -145,8 +147,11 @@ class LLMEngine:
 
     def add_processed(self, request: EngineCoreRequest) -> None:
         """Queue a checked request: one sequence per candidate (n, best_of)."""
-        for child in self.output_processor.add_request(request):
-            self.scheduler.add_request(self._to_core(child))
+        for candidate, child in enumerate(self.output_processor.add_request(request)):
+            has_hooks = bool(self.hooks) and self.hooks.attach(
+                child.request_id, request.request_id, request.prompt_index, candidate
+            )
+            self.scheduler.add_request(self._to_core(child, has_hooks))
             if child.grammar is not None:
                 self.structured_output.add_request(child.request_id, child.grammar)
 
@@ -167,7 +172,9 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests
 
-    def _to_core(self, request: EngineCoreRequest) -> Request:
+    def _to_core(self, request: EngineCoreRequest, has_hooks: bool) -> Request:
+        """Hooks must see every position, and nobody may find what they changed: such a request looks for no block in
+        the prefix cache, and a salt of its own hides its blocks from all others."""
         params = request.sampling_params
         every_position = params is None and self._executor.pooling_type != "LAST"
         return Request(
@@ -181,8 +188,10 @@ class LLMEngine:
             seed=request.seed,
             priority=request.priority,
             arrival=next(self._request_numbers),
-            cache_salt=request.cache_salt,
-            skip_prefix_cache=every_position or (params is not None and params.prompt_logprobs is not None),
+            cache_salt=f"hooks {self._id_suffix} {request.request_id}" if has_hooks else request.cache_salt,
+            skip_prefix_cache=has_hooks
+            or every_position
+            or (params is not None and params.prompt_logprobs is not None),
         )
 
     # ------------------------------------------------------------------ one step
@@ -235,6 +244,16 @@ class LLMEngine:
         return self.input_processor.default_sampling_params()
 
     # ------------------------------------------------------------------ looking in
+    @property
+    def hooks(self) -> Hooks:
+        """What sees and changes the network's values: LLM.hook and LLM.capture."""
+        return self._executor.hooks
+
+    @property
+    def model_runner(self) -> ModelRunner:
+        """Who computes the steps, for profiles (bench/profile.py)."""
+        return self._executor.runner
+
     def decisions(self) -> list[Decision]:
         """What the last step decided for every request, waiting ones included."""
         if self.last_step is None:

@@ -25,6 +25,7 @@ from minivllm.outputs import ModelRunnerOutput, SchedulerOutput
 from minivllm.worker import gpu
 from minivllm.worker.cpu import CPUPath
 from minivllm.worker.draft_model import DraftModel
+from minivllm.worker.hooks import Hooks
 from minivllm.worker.kv_cache import GPUMemory, KVCache, KVCachePlan, allocate_kv_caches
 from minivllm.worker.model_runner import GrammarBitmask, ModelRunner
 
@@ -81,6 +82,7 @@ class Executor:
         self.causal = causal
         self.batch_invariant = batch_invariant
         self.poison = poison
+        self.hooks = Hooks(model)
         self._runner: ModelRunner | None = None
         keep_freed_memory()
 
@@ -124,6 +126,7 @@ class Executor:
             poison=self.poison,
             path=self._path(self.model, caches, plan, capture, show_progress=show_progress),
             draft_model=draft_model,
+            hooks=self.hooks,
         )
 
     def _allocate(self, model: Any, plan: KVCachePlan) -> KVCache:
@@ -160,8 +163,13 @@ class Executor:
             self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, block_size, self.batch_invariant
         )
 
-    def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:
-        """One step; grammar_bitmask is called when the forward is on its way."""
+    @property
+    def runner(self) -> ModelRunner:
+        """Who computes the steps."""
         if self._runner is None:
             raise ConfigError("initialize_kv_cache comes before the first step")
-        return self._runner.execute_model(step, grammar_bitmask)
+        return self._runner
+
+    def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:
+        """One step; grammar_bitmask is called when the forward is on its way."""
+        return self.runner.execute_model(step, grammar_bitmask)

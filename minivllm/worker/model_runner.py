@@ -31,6 +31,7 @@ from minivllm.sample.sampler import SamplerOutput
 from minivllm.worker import pooling
 from minivllm.worker.cpu import CPUPath
 from minivllm.worker.draft_model import DraftModel
+from minivllm.worker.hooks import Hooks
 from minivllm.worker.input_batch import InputBatch, RequestState
 from minivllm.worker.kv_cache import KVCache, poison_blocks
 
@@ -61,8 +62,10 @@ class ModelRunner:
         poison: bool = False,
         path: CPUPath | None = None,
         draft_model: DraftModel | None = None,
+        hooks: Hooks | None = None,
     ):
         self.model: Any = model  # a class of models/registry.py
+        self.hooks = Hooks(model) if hooks is None else hooks
         self.path = path or CPUPath(model, kv_caches)
         self.kv_caches = kv_caches
         self.block_size = block_size
@@ -96,7 +99,10 @@ class ModelRunner:
             batch_invariant=self.batch_invariant,
         )
         batch = self.path.prepare(batch)
-        hidden_states = self.path.forward(batch)
+        if self.hooks:
+            hidden_states = self.hooks.forward(self.path, batch, step.step, result.errors)
+        else:
+            hidden_states = self.path.forward(batch)
         for state, rows in self._rows_of(batch, hidden_states):
             if state.num_prompt_logprobs is not None:
                 self._prompt_logprobs(state, rows, result)
@@ -109,6 +115,8 @@ class ModelRunner:
     def _update_states(self, step: SchedulerOutput) -> None:
         for request_id in (*step.finished_req_ids, *step.preempted_req_ids):
             self.states.pop(request_id, None)
+        if self.hooks:
+            self.hooks.forget(step.finished_req_ids)
         for new in step.scheduled_new_reqs:
             self.states[new.request_id] = RequestState(new, self.max_model_len, self.block_size, self.model.vocab_size)
             self._poison(new.block_ids[new.num_computed_tokens // self.block_size :])

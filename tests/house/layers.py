@@ -15,10 +15,10 @@ RECORDS = frozenset({"config", "errors", "hub", "outputs", "sampling_params", "v
 PLAIN_RECORDS = RECORDS - {"hub"}  # hub reads files and starts pip
 ROWS: tuple[frozenset[str], ...] = (
     frozenset({"records", "kernels"}),
-    frozenset({"models", "sample", "core", "openai_client"}),
+    frozenset({"models", "sample", "core", "openai_client", "figures"}),
     frozenset({"worker", "structured_output", "speculative"}),
     frozenset({"engine"}),
-    frozenset({"entrypoints", "cli", "labs", "llm", "verify", "trace"}),
+    frozenset({"entrypoints", "cli", "labs", "llm", "verify", "trace", "bench"}),
     frozenset({"minivllm"}),  # the face: public names only
 )
 # The command line starts whatever its own row offers (serve, run-batch, verify, explain); nobody there imports it.
