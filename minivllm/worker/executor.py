@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from minivllm.errors import ConfigError
+from minivllm.kernels.dispatch import choose
 from minivllm.models.layers import KVCacheSpec
 from minivllm.models.linear import weight_bytes
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput
@@ -26,7 +27,7 @@ from minivllm.worker import gpu
 from minivllm.worker.cpu import CPUPath
 from minivllm.worker.draft_model import DraftModel
 from minivllm.worker.kv_cache import GPUMemory, KVCache, KVCachePlan, allocate_kv_caches
-from minivllm.worker.model_runner import GrammarBitmask, ModelRunner
+from minivllm.worker.model_runner import BatchWatcher, GrammarBitmask, ModelRunner
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -89,6 +90,11 @@ class Executor:
         """Of all layers that keep something for a block id, the draft model's included."""
         specs: list[KVCacheSpec] = list(self.model.kv_cache_specs)
         return specs if self.draft_model is None else [*specs, *self.draft_model.kv_cache_specs]
+
+    @property
+    def kernel_impl(self) -> str:
+        """Which implementation of the kernels computes: "cpu", "triton" or "reference"."""
+        return choose(self.impl, torch.empty(0, device=self.device))
 
     @property
     def weight_bytes(self) -> int:
@@ -165,3 +171,8 @@ class Executor:
         if self._runner is None:
             raise ConfigError("initialize_kv_cache comes before the first step")
         return self._runner.execute_model(step, grammar_bitmask)
+
+    def watch(self, watcher: BatchWatcher | None) -> None:
+        """Let somebody look on from the next step on; None: nobody."""
+        if self._runner is not None:
+            self._runner.watcher = watcher
