@@ -133,9 +133,7 @@ class Chance(NamedTuple):
     weights: Weights  # [num_candidates], not normalised
 
 
-def stages(
-    logits: torch.Tensor, metadata: SamplingMetadata
-) -> tuple[list[tuple[str, Logits]], list[Chance | None]]:
+def stages(logits: torch.Tensor, metadata: SamplingMetadata) -> tuple[list[tuple[str, Logits]], list[Chance | None]]:
     """What `sample` does to the logits, stage by stage, for people who look on; the logits stay as they are.
 
     Returns [(stage, [num_reqs, vocab_size] logits behind it)] and one Chance per row, None for a row that is greedy or

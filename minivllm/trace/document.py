@@ -118,7 +118,9 @@ class Trace:
                 before = tables
                 tables = _tables_in(event, before)
                 for row in event.rows:  # a block that is given away forgets what it held
-                    hashes = {key: h for key, h in hashes.items() if key not in row.new_block_ids or key in row.prefix_hits}
+                    hashes = {
+                        key: h for key, h in hashes.items() if key not in row.new_block_ids or key in row.prefix_hits
+                    }
                 hashes = hashes | event.named_blocks
                 yield Moment(event, before, tables, hashes)
                 ended = {row.request_id for row in event.rows if row.finish_reason is not None}
@@ -231,7 +233,9 @@ def _convert(hint: Any, value: Any) -> Any:
         return _build(_FORMS[value["kind"]], {name: item for name, item in value.items() if name != "kind"})
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is types.UnionType:
-        fits = [one for one in arguments if isinstance(value, dict) and (dataclasses.is_dataclass(one) or _is_dict(one))]
+        fits = [
+            one for one in arguments if isinstance(value, dict) and (dataclasses.is_dataclass(one) or _is_dict(one))
+        ]
         return _convert(fits[0], value) if fits else value
     if dataclasses.is_dataclass(hint):
         return _build(hint, value)

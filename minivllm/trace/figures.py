@@ -186,9 +186,7 @@ def _pool(trace: Trace, moment: Moment, colours: Mapping[str, str], top: int) ->
     return top + -(-num_blocks // per_line) * (size + 2) + 12, parts
 
 
-def _table(
-    trace: Trace, moment: Moment, name: str, block_ids: list[int], colour: str, top: int
-) -> list[str]:
+def _table(trace: Trace, moment: Moment, name: str, block_ids: list[int], colour: str, top: int) -> list[str]:
     """One block table, left to right in the order of the tokens."""
     row = moment.step.row(name)
     num_tokens = row.num_computed_tokens + row.num_scheduled_tokens if row is not None else None
@@ -201,7 +199,9 @@ def _table(
         is_hit = row is not None and block_id in row.prefix_hits
         is_new = row is not None and block_id in row.new_block_ids and not is_hit
         parts.append(_box(x, top, 36, 28, [], is_new=is_new))
-        parts.append(f'<rect x="{x}" y="{top}" width="{36 * share:.1f}" height="28" rx="3" fill="{colour}" opacity=".85"/>')
+        parts.append(
+            f'<rect x="{x}" y="{top}" width="{36 * share:.1f}" height="28" rx="3" fill="{colour}" opacity=".85"/>'
+        )
         parts.append(_text(x + 18, top + 18, str(block_id), "middle", "#fff" if share > 0.6 else "currentColor"))
         if block_id in moment.hashes:
             note = f"{'hit ' if is_hit else ''}{moment.hashes[block_id][:4]}"
@@ -243,7 +243,7 @@ def _text(
     size: int = 11,
 ) -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" opacity="{opacity}" font-weight="{weight}"'
-    return f'<text {place} {FONT.replace("11", str(size))}>{html.escape(text)}</text>'
+    return f"<text {place} {FONT.replace('11', str(size))}>{html.escape(text)}</text>"
 
 
 def _svg(parts: Iterable[str], width: float, height: float) -> Figure:

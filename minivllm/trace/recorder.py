@@ -142,9 +142,7 @@ class Recorder:
         logits: torch.Tensor,  # [num_reqs, vocab_size] fp32
         metadata: SamplingMetadata,
     ) -> None:
-        for state, drawing in zip(
-            states, explain_rows(logits, metadata, self._text_of, self._num_top), strict=True
-        ):
+        for state, drawing in zip(states, explain_rows(logits, metadata, self._text_of, self._num_top), strict=True):
             self._drawings.setdefault(state.request_id, []).append(drawing)
 
     def step_computed(self, result: ModelRunnerOutput | None) -> None:
