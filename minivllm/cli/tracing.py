@@ -103,12 +103,12 @@ def replay(
     recorded = Trace.load(file)
     with stderr().status("running it again"):
         again = run_again(recorded, changes, until=until)
-    differences = list(compare(recorded, again, until=until))
+    differences = [one for one in compare(recorded, again, until=until) if one.is_decision or not changes]
     if as_json:
         print_json(_as_json(recorded, again, differences))
     else:
         _print_environment(recorded, again)
-        _print_differences(recorded, differences)
+        _print_differences(recorded, differences, "decisions differ" if changes else "differences")
         if changes:
             _print_outcomes(recorded, again)
     if differences and not changes:
@@ -154,15 +154,16 @@ def _print_environment(recorded: Any, again: Any) -> None:
             stderr().print(f"[yellow]recorded with {name} {escape(str(then))}, here {escape(str(now))}[/yellow]")
 
 
-def _print_differences(recorded: Any, differences: list[Any]) -> None:
-    if not differences:
-        typer.echo(
-            f"identical: {len(recorded.requests)} requests, {len(recorded.steps)} steps, every bit of every logit"
-        )
+def _print_differences(recorded: Any, differences: list[Any], what: str) -> None:
+    if differences:
+        typer.echo(f"{len(differences)} {what}; the first ones:")
+        for difference in differences[:SHOWN_DIFFERENCES]:
+            typer.echo(f"  {difference}")
         return
-    typer.echo(f"{len(differences)} differences; the first ones:")
-    for difference in differences[:SHOWN_DIFFERENCES]:
-        typer.echo(f"  {difference}")
+    counts = f"{len(recorded.requests)} requests, {len(recorded.steps)} steps"
+    typer.echo(
+        f"identical: {counts}, every decision, block and bit" if what == "differences" else f"no {what}: {counts}"
+    )
 
 
 def _print_outcomes(recorded: Any, again: Any) -> None:

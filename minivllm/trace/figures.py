@@ -97,7 +97,8 @@ def _cell(row: Row, x: float, y: float, width: float) -> str:
     reason = f"<title>{html.escape(f'{row.request_id}: {row.reason}')}</title>"
     colour = ACTION_COLOURS[action]
     if action == "wait":
-        return f'<rect x="{x:.1f}" y="{y + 9}" width="{width:.1f}" height="4" fill="{colour}" opacity=".55">{reason}</rect>'
+        size = f'width="{width:.1f}" height="4"'
+        return f'<rect x="{x:.1f}" y="{y + 9}" {size} fill="{colour}" opacity=".55">{reason}</rect>'
     label = "✕" if action == "preempt" else str(row.num_scheduled_tokens)
     shown = ""
     if width >= 7 * len(label) + 3:
@@ -199,9 +200,7 @@ def _table(trace: Trace, moment: Moment, name: str, block_ids: list[int], colour
         is_hit = row is not None and block_id in row.prefix_hits
         is_new = row is not None and block_id in row.new_block_ids and not is_hit
         parts.append(_box(x, top, 36, 28, [], is_new=is_new))
-        parts.append(
-            f'<rect x="{x}" y="{top}" width="{36 * share:.1f}" height="28" rx="3" fill="{colour}" opacity=".85"/>'
-        )
+        parts.append(f'<rect x="{x}" y="{top}" width="{36 * share:.1f}" height="28" rx="3" fill="{colour}"/>')
         parts.append(_text(x + 18, top + 18, str(block_id), "middle", "#fff" if share > 0.6 else "currentColor"))
         if block_id in moment.hashes:
             note = f"{'hit ' if is_hit else ''}{moment.hashes[block_id][:4]}"

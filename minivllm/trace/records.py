@@ -8,8 +8,8 @@
           └─ Row       what it meant for one request: decision, blocks, slots, prefix hits, kernel
              └─ Draw   one token: how it was drawn, and the logits behind every stage of the sampler
 
-SCHEMA_VERSION grows when a field changes its meaning or goes; a new field is no new version. Seconds are on a clock that
-starts with the trace. A sequence is what the scheduler runs: a request, or one of its n children ("0_ID", "1_ID", ...).
+SCHEMA_VERSION grows when a field changes its meaning or goes; a new field is no new version. Seconds are on a clock
+that starts with the trace. A sequence is what the scheduler runs: a request, or one of its n children ("0_ID", ...).
 
 Knows no engine, no tensor and no file. Called by everybody in trace/. Twin in vLLM: none.
 """

@@ -22,6 +22,7 @@ from minivllm.trace.recorder import record
 from minivllm.trace.records import Aborted, Added, CacheReset, Event, Step
 
 TIMES = frozenset({"scheduled_seconds", "computed_seconds", "ended_seconds"})
+DECISIONS = frozenset({"the step", "decision", "action", "num_scheduled_tokens"})
 ABSENT = "nothing"
 
 
@@ -33,6 +34,11 @@ class Difference(NamedTuple):
     field: str
     recorded: Any
     replayed: Any
+
+    @property
+    def is_decision(self) -> bool:
+        """Somebody computes other tokens; not only other blocks, slots or bits."""
+        return self.field in DECISIONS
 
     def __str__(self) -> str:
         whose = "" if self.request_id is None else f", request {self.request_id}"
@@ -143,7 +149,11 @@ def _compare_steps(old: Step, new: Step) -> Iterator[Difference]:
     rows = [{row.request_id: plain(row) for row in step.rows} for step in (old, new)]
     fields = [{name: value for name, value in plain(step).items() if name not in TIMES} for step in (old, new)]
     for request_id in dict.fromkeys([*rows[0], *rows[1]]):
-        for name, was, now in _differing(rows[0].get(request_id, {}), rows[1].get(request_id, {})):
+        if not (request_id in rows[0] and request_id in rows[1]):
+            reasons = [row.reason if (row := step.row(request_id)) is not None else ABSENT for step in (old, new)]
+            yield Difference(old.number, request_id, "decision", *reasons)
+            continue
+        for name, was, now in _differing(rows[0][request_id], rows[1][request_id]):
             yield Difference(old.number, request_id, name, was, now)
     for name, was, now in _differing(*fields):
         if name != "rows" or list(rows[0]) != list(rows[1]):

@@ -3,8 +3,8 @@
     logits_ready ──▶ explain_rows(logits, metadata)  one Drawing per row, before anything is drawn
     step_computed ─▶ Drawing.finish(token_id)        the Draw: where u fell, or what was largest
 
-The stages are those of sample/sampler.py, computed a second time with its own functions: what runs is never changed. On a
-GPU, whose kernels draw, they are what the reference makes of the same logits.
+The stages are those of sample/sampler.py, computed a second time with its own functions: what runs is never changed. On
+a GPU, whose kernels draw, they are what the reference makes of the same logits.
 
 Knows no step. Called by recorder.py. Twin in vLLM: none.
 """
@@ -76,9 +76,13 @@ def explain_rows(
 
 
 def _told_stages(
-    values: Sequence[tuple[str, np.ndarray]], metadata: SamplingMetadata, row: int, text_of: TextOf, num_top: int
+    values: Sequence[tuple[str, np.ndarray]],  # (stage, [vocab_size] logits behind it)
+    metadata: SamplingMetadata,
+    row: int,
+    text_of: TextOf,
+    num_top: int,
 ) -> list[Stage]:
-    """(stage, [vocab_size] logits) as records."""
+    """The stages of one row as records."""
     told: list[Stage] = []
     before: Any = None
     for name, logits in values:

@@ -27,7 +27,8 @@ def print_trace(trace: Trace, console: Console, num_top: int = 5) -> None:
     for moment in trace.moments():
         body = [part for row in moment.step.rows for part in _row(moment, row, num_top)]
         milliseconds = 1000 * (moment.step.ended_seconds - moment.step.scheduled_seconds)
-        title = f"step {moment.step.number}: {moment.step.num_tokens} tokens, {milliseconds:.1f} ms"
+        tokens = f"{moment.step.num_tokens} token{'' if moment.step.num_tokens == 1 else 's'}"
+        title = f"step {moment.step.number}: {tokens}, {milliseconds:.1f} ms"
         console.print(Panel(Group(*body), title=title, title_align="left", border_style="dim"))
     for request_id in trace.request_ids:
         console.print(f"[bold]request {escape(request_id)}[/bold]  {escape(repr(trace.text_of(request_id)))}")
