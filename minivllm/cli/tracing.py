@@ -77,7 +77,7 @@ def explain(
         _write(save, trace.to_json())
     if as_json:
         for line in trace.lines():
-            typer.echo(printable(line))
+            typer.echo(line)
     elif html is None and chrome is None and save is None:
         print_trace(trace, Console(highlight=False), num_top)
 

@@ -178,14 +178,19 @@ def _tables_in(step: Step, before: dict[str, list[int]]) -> dict[str, list[int]]
 
 def header_line(header: dict[str, Any]) -> str:
     """The first line."""
-    return json.dumps(header, ensure_ascii=False)
+    return _to_line(header)
 
 
 def event_line(event: Event) -> str:
-    """One JSON object; half of a surrogate pair, which has no UTF-8 form, is escaped."""
+    """One JSON object."""
     name = next(name for name, kind in EVENTS.items() if type(event) is kind)
-    text = json.dumps({"event": name, **plain(event)}, ensure_ascii=False)
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return _to_line({"event": name, **plain(event)})
+
+
+def _to_line(value: dict[str, Any]) -> str:
+    """Text stays readable; half of a surrogate pair, which has no UTF-8 form, makes its line ASCII."""
+    line = json.dumps(value, ensure_ascii=False)
+    return line if line.isascii() or not any("\ud800" <= char <= "\udfff" for char in line) else json.dumps(value)
 
 
 def plain(value: Any) -> Any:

@@ -34,7 +34,9 @@ FORM = AnswerForm(
     [
         None,
         SamplingParams(),
-        SamplingParams(temperature=0, logit_bias={3: 1.5, 40: -100.0}, max_tokens=None, stop=["a", "\ud83d"], logprobs=2),
+        SamplingParams(
+            temperature=0, logit_bias={3: 1.5, 40: -100.0}, max_tokens=None, stop=["a", "\ud83d"], logprobs=2
+        ),
         SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "object"}), allowed_token_ids=[1, 2]),
         SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a", "b"]), bad_words=["c"]),
         SamplingParams(structured_outputs=FORM, n=2),
@@ -44,8 +46,6 @@ def test_every_kind_of_sampling_params_survives(params: SamplingParams | None):
     added = Added("1", [1, 2], params, bad_words_token_ids=[[3], [4, 5]])
     line = event_line(added)
     read = Trace.from_json([json.dumps(HEADER), line]).events[0]
-    if params is not None and params.stop == ["a", "\ud83d"]:  # half a character has no UTF-8 form
-        params.stop = read.sampling_params.stop
     assert read == added and line.encode() and type(read.sampling_params) is type(params)
 
 

@@ -15,7 +15,24 @@ from minivllm.trace.records import Step
 from minivllm.trace.replay import outcomes
 
 NUM_REQUESTS = 200
-WORDS = "the value is what on road red blue one two and of a for that with old new small large".split()
+WORDS = (
+    "the",
+    "value",
+    "is",
+    "what",
+    "on",
+    "road",
+    "red",
+    "blue",
+    "one",
+    "of",
+    "a",
+    "for",
+    "that",
+    "with",
+    "old",
+    "new",
+)
 
 
 def run_under_pressure(llm: LLM, num_requests: int, seed: int) -> None:
@@ -127,9 +144,7 @@ def test_times_are_not_compared_and_a_missing_step_is(recorded: Trace):
     assert difference[1:] == (None, "the step", "nothing", "a step")
 
 
-def test_an_engine_that_computes_otherwise_is_found_at_its_first_step(
-    recorded: Trace, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_engine_that_computes_otherwise_is_found_at_its_first_step(recorded: Trace, monkeypatch: pytest.MonkeyPatch):
     """Not the trace but the engine is wrong: one bit of one logit, which changes no token."""
     from minivllm.models.llama import LlamaForCausalLM
 
