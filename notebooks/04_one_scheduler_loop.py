@@ -151,10 +151,7 @@ for request_id, then in outcomes(trace).items():
 show_schedule(smaller)
 
 # %% [markdown]
-# ## In seconds
+# The second run waits less for blocks and more for the budget: light blue everywhere. Where is nobody preempted, and why?
 #
-# The same run, with each step as wide as it took. A step of 32 tokens is wider than a step of one, but far from 32
-# times as wide: the weights are read once for all of them. That is why requests run together at all.
-
-# %%
-show_schedule(trace, by_time=True)
+# To see seconds instead of steps, write the trace for a profiler's viewer and open the file there:
+# `json.dump(chrome_trace(trace), file)`, then ui.perfetto.dev or chrome://tracing.

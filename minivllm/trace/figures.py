@@ -24,7 +24,7 @@ from minivllm.trace.records import Row, Step
 ACTION_COLOURS: Mapping[str, str] = MappingProxyType(
     {
         "prefill": "#1f5fd6",
-        "chunk": "#7fa8ee",
+        "chunk": "#5f8fe3",
         "decode": "#2f9e6e",
         "verify": "#8457d8",
         "forced": "#b08bf0",

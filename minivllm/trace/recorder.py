@@ -257,5 +257,9 @@ def describe(engine: LLMEngine) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         },
+        "tables": {key: table.block_ids for key, table in engine.scheduler.kv_cache.tables.items()},
+        "named_blocks": [
+            [block.block_id, block.block_hash.hex()[:HASH_CHARS]] for block in pool.blocks if block.block_hash
+        ],
         "is_fresh": engine.last_step is None and not engine.has_unfinished_requests(),
     }

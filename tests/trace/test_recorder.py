@@ -123,6 +123,21 @@ def test_children_forced_tokens_and_aborts_are_told(llm: LLM):
     assert list(trace.moments())[-1].tables.keys() == {aborted}
 
 
+def test_a_trace_that_begins_in_the_middle_knows_what_was_there(llm: LLM):
+    engine, pool = llm.llm_engine, llm.llm_engine.scheduler.kv_cache.pool
+    llm.reset_prefix_cache()
+    stream = llm.stream("the value is what the value", PARAMS)
+    next(stream)
+    with record(engine) as trace:
+        next(stream)
+        hashes = {block.block_id: block.block_hash.hex()[:16] for block in pool.blocks if block.block_hash}
+        tables = {key: table.block_ids for key, table in engine.scheduler.kv_cache.tables.items()}
+    stream.close()
+    (moment,) = trace.moments()
+    assert moment.hashes == hashes and len(hashes) >= 2 and moment.tables == tables
+    assert Trace.from_json(trace.to_json()) == trace
+
+
 def test_a_step_that_raises_is_told(crowded: Callable[[], LLM], caplog: pytest.LogCaptureFixture):
     llm = crowded()
     runner = llm.llm_engine._executor._runner
