@@ -112,7 +112,7 @@ print("logits wanted", batch.logits_indices.tolist(), "(the last token only)")
 # ## Steps 11 and 12: the model
 #
 # One forward. Each layer writes this step's keys and values into the slots, then `paged_attention` reads whatever
-# blocks the table names. We count the calls of one layer's attention and look at the shapes.
+# blocks the table names. We look at the shapes around one attention, and at what it wrote.
 
 # %%
 runner = engine._executor._runner  # a look inside: the model and its cache are the worker's own business
@@ -160,7 +160,7 @@ outputs = engine.scheduler.update_from_output(step, result)
 (output,) = engine.output_processor.process_outputs(outputs).request_outputs
 delta = {"index": 0, "delta": {"content": output.outputs[0].text}, "finish_reason": None}
 print(frame({"object": "chat.completion.chunk", "choices": [delta]}).decode())
-engine.abort_request(new.request_id)  # its next steps are the engine's own, below
+given_up = engine.abort_request(new.request_id)  # its next steps are the engine's own, below
 
 # %% [markdown]
 # ## The engine does the same
@@ -176,7 +176,7 @@ print("".join(draw.text for draw in draws))
 print(draws[0].why)
 
 # %%
-show_trace(trace, height=620)
+show_trace(trace, height=700)
 
 # %% [markdown]
 # The blocks after the last step:

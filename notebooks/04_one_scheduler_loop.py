@@ -151,7 +151,7 @@ for request_id, then in outcomes(trace).items():
 show_schedule(smaller)
 
 # %% [markdown]
-# The second run waits less for blocks and more for the budget: light blue everywhere. Where is nobody preempted, and why?
+# With the small budget prompts are cut into many pieces, light blue, and those who come late wait longer for them.
 #
 # To see seconds instead of steps, write the trace for a profiler's viewer and open the file there:
 # `json.dump(chrome_trace(trace), file)`, then ui.perfetto.dev or chrome://tracing.

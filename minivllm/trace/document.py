@@ -108,7 +108,7 @@ class Trace:
     def moments(self) -> Iterator[Moment]:
         """What the cache looks like in each step."""
         tables: dict[str, list[int]] = dict(self.header["tables"])
-        hashes: dict[int, str] = {block_id: name for block_id, name in self.header["named_blocks"]}
+        hashes: dict[int, str] = dict(self.header["named_blocks"])
         for event in self.events:
             if isinstance(event, Aborted):
                 tables = {key: ids for key, ids in tables.items() if not belongs_to(key, event.request_id)}

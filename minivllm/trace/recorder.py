@@ -66,6 +66,7 @@ class Recorder:
         self.trace = Trace(describe(engine) | {"num_top": num_top})
         self._engine, self._num_top, self._sink = engine, num_top, sink
         self._start_seconds = time.perf_counter()
+        self._told_seconds = 0.0  # spent here, to explain draws
         self._step = Step(0)
         self._requests: dict[str, tuple[Request, int]] = {}  # who computes in this step, and its tokens before
         self._drawings: dict[str, list[Drawing]] = {}
@@ -142,7 +143,9 @@ class Recorder:
         logits: torch.Tensor,  # [num_reqs, vocab_size] fp32
         metadata: SamplingMetadata,
     ) -> None:
-        for state, drawing in zip(states, explain_rows(logits, metadata, self._text_of, self._num_top), strict=True):
+        with self._clock_stands_still():
+            drawings = explain_rows(logits, metadata, self._text_of, self._num_top)
+        for state, drawing in zip(states, drawings, strict=True):
             self._drawings.setdefault(state.request_id, []).append(drawing)
 
     def step_computed(self, result: ModelRunnerOutput | None) -> None:
@@ -151,12 +154,13 @@ class Recorder:
         if result is None:
             return
         kernels = self._kernels()
-        for row in self._step.rows:
-            drawn = result.sampled_token_ids.get(row.request_id, ())
-            drawings = self._drawings.get(row.request_id, ())
-            row.draws = [drawing.finish(t, self._text_of) for t, drawing in zip(drawn, drawings, strict=False)]
-            row.error = result.errors.get(row.request_id)
-            row.kernel = kernels.get(row.request_id, "")
+        with self._clock_stands_still():
+            for row in self._step.rows:
+                drawn = result.sampled_token_ids.get(row.request_id, ())
+                drawings = self._drawings.get(row.request_id, ())
+                row.draws = [drawing.finish(t, self._text_of) for t, drawing in zip(drawn, drawings, strict=False)]
+                row.error = result.errors.get(row.request_id)
+                row.kernel = kernels.get(row.request_id, "")
 
     def step_ended(self) -> None:
         for row in self._step.rows:
@@ -206,7 +210,14 @@ class Recorder:
         return tokenizer.token_text(token_id) if tokenizer is not None else f"<{token_id}>"
 
     def _now(self) -> float:
-        return round(time.perf_counter() - self._start_seconds, 6)
+        """Seconds on a clock that stands still while draws are explained."""
+        return round(time.perf_counter() - self._start_seconds - self._told_seconds, 6)
+
+    @contextlib.contextmanager
+    def _clock_stands_still(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._told_seconds += time.perf_counter() - started
 
     def _add(self, event: Event) -> None:
         if self._sink is None:
