@@ -30,7 +30,7 @@ from minivllm.outputs import ModelRunnerOutput, NewRequestData, SchedulerOutput
 from minivllm.sample.metadata import SamplingMetadata
 from minivllm.trace.document import Trace, event_line, header_line
 from minivllm.trace.records import SCHEMA, SCHEMA_VERSION, Aborted, Added, CacheReset, Event, Row, Step
-from minivllm.trace.stages import Drawing, explain_rows
+from minivllm.trace.stages import Drawing, digest_of, explain_rows
 from minivllm.version import __version__
 from minivllm.worker.input_batch import InputBatch, RequestState
 
@@ -159,6 +159,7 @@ class Recorder:
                 drawn = result.sampled_token_ids.get(row.request_id, ())
                 drawings = self._drawings.get(row.request_id, ())
                 row.draws = [drawing.finish(t, self._text_of) for t, drawing in zip(drawn, drawings, strict=False)]
+                row.embedding_digest = digest_of(result.pooler_output.get(row.request_id))
                 row.error = result.errors.get(row.request_id)
                 row.kernel = kernels.get(row.request_id, "")
 

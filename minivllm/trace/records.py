@@ -82,6 +82,7 @@ class Row:
     draws: list[Draw] = field(default_factory=list)
     new_token_ids: list[int] = field(default_factory=list)  # of its output: drawn ones, then those a grammar forces
     new_texts: list[str] = field(default_factory=list)  # of each; left out of a recording
+    embedding_digest: str = ""  # of an embedding's numbers
     finish_reason: str | None = None  # the step has ended it
     error: str | None = None
 

@@ -47,12 +47,16 @@ class Drawing(NamedTuple):
         else:
             draw.u = self.chance.u
             draw.low, draw.high = _interval(self.chance, token_id)
-            left = np.count_nonzero(self.chance.weights)
-            draw.why = (
-                f"u = {draw.u:.4f} falls in [{draw.low:.4f}, {draw.high:.4f}), the share of {draw.text!r}"
-                f" among the {left:,} tokens that are left"
-            )
+            left = int(np.count_nonzero(self.chance.weights))
+            others = f"among the {left:,} tokens that are left" if left > 1 else "which is the only token left"
+            share = f"[{draw.low:.4f}, {draw.high:.4f})"
+            draw.why = f"u = {draw.u:.4f} falls in {share}, the share of {draw.text!r}, {others}"
         return draw
+
+
+def digest_of(numbers: np.ndarray | Sequence[float] | None) -> str:  # [size]
+    """Equal for equal bits; empty for None."""
+    return "" if numbers is None else hashlib.sha256(np.asarray(numbers).tobytes()).hexdigest()[:DIGEST_CHARS]
 
 
 def explain_rows(
@@ -63,7 +67,7 @@ def explain_rows(
 ) -> list[Drawing]:
     """One Drawing per row. Reads, changes nothing."""
     rows = logits.detach().to("cpu", torch.float32).contiguous()
-    digests = [hashlib.sha256(row).hexdigest()[:DIGEST_CHARS] for row in rows.numpy()]
+    digests = [digest_of(row) for row in rows.numpy()]
     if not num_top:
         return [Drawing(p, d, [], None, None) for p, d in zip(metadata.positions, digests, strict=True)]
     found, chances = stages(rows, metadata)

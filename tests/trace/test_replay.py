@@ -101,6 +101,18 @@ def test_drafts_are_replayed_too(crowded: Callable[[], LLM]):
     assert list(compare(trace, replay(trace))) == []
 
 
+def test_embeddings_are_replayed_too(tiny_model: Callable[[str], Path]):
+    llm = LLM(tiny_model("bert-mean"), dtype="float32")
+    with record(llm.llm_engine) as trace:
+        llm.embed(["the value", "red"], use_tqdm=False)
+    digests = [row.embedding_digest for step in trace.steps for row in step.rows]
+    assert len(set(digests)) == 2 and all(digests)
+    again = replay(trace)
+    assert list(compare(trace, again)) == []
+    again.steps[0].rows[1].embedding_digest = "0"
+    assert next(compare(trace, again)).field == "embedding_digest"
+
+
 # ------------------------------------------------------------------ a difference is found
 def change_row(trace: Trace, change: Callable[[Step], None]) -> tuple[Trace, Step]:
     """A copy of the trace in which the first step with a draw from the middle on is not what happened."""
