@@ -31,6 +31,8 @@ from minivllm.sample.beam_search import beam_search
 from minivllm.sampling_params import BeamSearchParams, SamplingParams
 from minivllm.worker.capture import Capture
 from minivllm.worker.hooks import Hook, HookFunction, Hooks
+from minivllm.trace.document import Trace
+from minivllm.trace.recorder import NUM_TOP, record
 
 Message = dict[str, Any]
 
@@ -195,6 +197,22 @@ class LLM:
                     return
         finally:
             self._forget(request.request_id)
+
+    def trace(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        num_top: int = NUM_TOP,
+    ) -> Trace:
+        """`generate`, and everything that happened on the way: decisions, blocks, slots, and how each token was drawn.
+
+        num_top: candidates to keep at each stage of the sampler. What to do with a trace: minivllm/trace.
+        Raises what generate raises.
+        """
+        with record(self.llm_engine, num_top=num_top) as trace:
+            self.generate(prompts, sampling_params, use_tqdm=False)
+        return trace
 
     def beam_search(
         self, prompts: PromptType | Sequence[PromptType], params: BeamSearchParams

@@ -22,7 +22,10 @@ from minivllm import LLM, SamplingParams, cli, hub
 from tests.command import Result, Run, Stdin
 from tests.tolerances import UNIT_LENGTH_ATOL
 
-COMMANDS = ("serve", "complete", "generate", "chat", "embed", "pull", "plan", "run-batch", "bench")
+COMMANDS = (
+    *("serve", "complete", "generate", "chat", "embed", "pull", "plan", "run-batch"),
+    *("bench", "explain", "replay"),
+)
 SMALL = ("--kv-cache-memory-bytes", "400000")  # a pool of a few blocks: the commands start faster
 GREEDY = ("-t", "0", "--max-tokens", "5")
 
@@ -110,7 +113,7 @@ def test_every_command_has_a_help_that_explains_all_its_options(minivllm: Run, c
     assert all(name in result.out for name in names)
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "embed", "run-batch", "bench"])
+@pytest.mark.parametrize("command", ["generate", "chat", "embed", "run-batch", "bench", "explain"])
 def test_every_command_that_loads_a_model_can_size_its_cache(command: str):
     """The error of a pool that is too large or too small names these settings."""
     parameters = {parameter.name for parameter in typer.main.get_command(cli.app).commands[command].params}

@@ -1,11 +1,11 @@
-"""The command line: serve, chat, generate, embed, pull, plan, run-batch, bench, lab.
+"""The command line: serve, chat, generate, embed, pull, plan, run-batch, bench, explain, replay, lab.
 
     __init__.py      the table of commands, and what an error looks like
     serving.py       serve                      conversation.py  chat
     offline.py       generate, embed            batch.py         run-batch
     models.py        pull, plan                 bench.py         bench
-    labs.py          lab list, lab start, lab check
-    options.py terminal.py  what they share
+    labs.py          lab list, start, check     tracing.py       explain, replay
+    options.py terminal.py                      what they share
 
 Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
 error. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
@@ -33,6 +33,7 @@ from minivllm.cli.offline import embed, generate
 from minivllm.cli.serving import serve
 from minivllm.cli.settings import SettingsCommand
 from minivllm.cli.terminal import stderr
+from minivllm.cli.tracing import explain, replay
 from minivllm.errors import MiniVLLMError
 from minivllm.version import __version__
 
@@ -81,6 +82,8 @@ for _name, _command in (
     ("pull", pull),
     ("run-batch", run_batch),
     ("bench", bench),
+    ("explain", explain),
+    ("replay", replay),
 ):
     app.command(_name, cls=SettingsCommand)(_command)
 app.add_typer(lab_commands(), name="lab")

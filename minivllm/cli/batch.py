@@ -26,9 +26,11 @@ from minivllm.cli.options import (
     ModelOption,
     NumBlocksOption,
     QuantizationOption,
+    RecordOption,
     UtilizationOption,
 )
 from minivllm.cli.terminal import load, print_json, read_stdin, stderr
+from minivllm.cli.tracing import recording
 from minivllm.errors import ClientError
 
 
@@ -56,6 +58,7 @@ def run_batch(
     kv_cache_memory_bytes: CacheBytesOption = None,
     num_gpu_blocks_override: NumBlocksOption = None,
     batch_invariant: BatchInvariantOption = False,
+    record: RecordOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --output: print a JSON summary at the end.")] = False,
 ) -> None:
     """Answer a batch file. A bad line is reported in its place, the rest runs."""
@@ -65,7 +68,8 @@ def run_batch(
         raise typer.BadParameter("give the batch file once, as FILE or as --input-file")
     lines = _read_batch(file or input_file)
     llm = load(ctx, model)
-    with answer_sink(output, sys.stdout) as sink:  # before hours of work, not after them
+    # Both are opened before hours of work, not after them.
+    with answer_sink(output, sys.stdout) as sink, recording(llm.llm_engine, record):
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Progress(*columns, console=stderr()) as progress:
             task = progress.add_task("requests", total=None)

@@ -24,6 +24,7 @@ from minivllm.cli.terminal import (
     speed,
     stderr,
 )
+from minivllm.cli.tracing import recording
 
 
 def generate(
@@ -44,6 +45,7 @@ def generate(
     kv_cache_memory_bytes: options.CacheBytesOption = None,
     batch_invariant: options.BatchInvariantOption = False,
     speculative_config: options.SpeculativeOption = None,
+    record: options.RecordOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue a text, as it is: no chat template. The answer appears as it is generated."""
@@ -54,10 +56,11 @@ def answer_text(ctx: typer.Context, text: str, as_json: bool) -> None:
     """Load what the options say, and print how the text goes on."""
     llm = load(ctx, ctx.params["model"])
     params = sampling_params(ctx, llm)
-    if as_json:
-        print_json(as_json_object(llm.generate(text, params, use_tqdm=False)[0]))
-        return
-    output, seconds = print_stream(llm.stream(text, params))
+    with recording(llm.llm_engine, ctx.params.get("record")):
+        if as_json:
+            print_json(as_json_object(llm.generate(text, params, use_tqdm=False)[0]))
+            return
+        output, seconds = print_stream(llm.stream(text, params))
     stderr().print(f"[dim]{speed(output, seconds)}[/dim]")
 
 

@@ -132,6 +132,15 @@ StopOption = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="End the answer before this text; may be repeated.", rich_help_panel=SAMPLING),
 ]
+RecordOption = Annotated[
+    str | None,
+    typer.Option(
+        "--record",
+        metavar="FILE",
+        help="Write every request and every step to FILE, prompts and all, for `minivllm replay FILE`.",
+        rich_help_panel=ENGINE,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 UrlOption = Annotated[
     str | None,

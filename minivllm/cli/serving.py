@@ -6,6 +6,7 @@ Called by cli/__init__.py. Twin in vLLM: vllm/entrypoints/cli/serve.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import typer
 from minivllm.cli import options, ready, settings
 from minivllm.cli import serve_options as only
 from minivllm.cli.terminal import load, speculative_config, stderr
+from minivllm.cli.tracing import recording
 from minivllm.config import DeviceConfig, ParallelConfig, SpeculativeConfig
 from minivllm.errors import ConfigError
 
@@ -72,6 +74,7 @@ def serve(
     log_format: only.LogFormatOption = "text",
     access_log: only.AccessLogOption = True,
     log_requests: only.LogRequestsOption = False,
+    record: options.RecordOption = None,
     tokenizer: only.TokenizerOption = None,
     chat_template: only.ChatTemplateOption = None,
     tool_call_parser: only.ToolParserOption = "auto",
@@ -124,13 +127,14 @@ def serve(
 
     def start() -> Engines:
         generating, embedding = load_engines(ctx)
+        stack.enter_context(recording(generating, record))
         engine = AsyncEngine(generating, max_queue)
         return engine if embedding is None else (engine, AsyncEngine(embedding, max_queue))
 
     def announce(server: Server) -> None:
         ready.announce(server, as_json)
 
-    with logging_to(sys.stderr, log_level, log_format, access_log):
+    with logging_to(sys.stderr, log_level, log_format, access_log), contextlib.ExitStack() as stack:
         raise typer.Exit(run_server(start, server_config, announce))
 
 

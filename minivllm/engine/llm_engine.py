@@ -44,7 +44,8 @@ from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.stats import EngineStats, SpecDecodeStats
 from minivllm.engine.throughput import Throughput
 from minivllm.engine.tokenizer import Tokenizer, load_tokenizer, read_chat_template
-from minivllm.errors import ConfigError, InvalidRequestError
+from minivllm.engine.watcher import Watcher
+from minivllm.errors import ConfigError, InvalidRequestError, ServerError
 from minivllm.hub import ModelSource, resolve_model
 from minivllm.kernels.dispatch import IMPLS
 from minivllm.models import loader, registry
@@ -75,6 +76,7 @@ class LLMEngine:
     executor: model loaded, cache reserved.
     tokenizer: None for a model without one: prompts are then token ids, and outputs have no text.
     plan: the cache's arithmetic.
+    settings: what from_model was called with, for whoever wants such an engine again.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class LLMEngine:
         tokenizer: Tokenizer | None,
         plan: KVCachePlan,
         generation_config: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
     ):
         self.config = config
+        self.settings = settings
         self.plan = plan
         self.tokenizer = tokenizer
         self.eos_token_ids = collect_eos_token_ids(tokenizer, generation_config or {})
@@ -115,6 +119,7 @@ class LLMEngine:
             )
         self.last_step: SchedulerOutput | None = None  # for the trace and the state endpoint
         self.throughput = Throughput()
+        self._watcher: Watcher | None = None
         self._executor = executor
         self._request_numbers = itertools.count(1)  # next() of it is safe in every thread
         self._id_suffix = secrets.token_hex(4)  # behind the number of an id: callers count, too, and ids must not meet
@@ -154,6 +159,8 @@ class LLMEngine:
             self.scheduler.add_request(self._to_core(child, has_hooks))
             if child.grammar is not None:
                 self.structured_output.add_request(child.request_id, child.grammar)
+        if self._watcher is not None:
+            self._watcher.request_added(request)
 
     def add_request(self, prompt: PromptType, sampling_params: SamplingParams | None = None, **options: Any) -> str:
         """process_input and add_processed in one call; returns the request id."""
@@ -167,6 +174,8 @@ class LLMEngine:
         for child_id in child_ids:
             self.scheduler.finish_request(child_id)
             self.structured_output.remove_request(child_id)
+        if child_ids and self._watcher is not None:
+            self._watcher.request_aborted(request_id)
         return [output] if output is not None else []
 
     def has_unfinished_requests(self) -> bool:
@@ -204,17 +213,27 @@ class LLMEngine:
             return []
         step = self.last_step = self.scheduler.schedule()
         self.output_processor.begin_step(step)
+        watcher = self._watcher
+        if watcher is not None:
+            watcher.step_scheduled(step)
         try:
             result = self._executor.execute_model(step, self._grammar_steps.masks_for(step))
         except Exception as error:
             logger.exception("step %d failed", step.step)
+            if watcher is not None:
+                watcher.step_computed(None)
             outputs = self.scheduler.fail_step(step, f"the step failed: {type(error).__name__}: {error}")
         else:
+            if watcher is not None:
+                watcher.step_computed(result)
             outputs = self._grammar_steps.follow(self.scheduler.update_from_output(step, result))
             self.throughput.add(step.total_num_scheduled_tokens, sum(len(output.new_token_ids) for output in outputs))
             if self._drafting is not None:
                 self._drafting.follow(step, result)
-        return self._process_outputs(outputs)
+        request_outputs = self._process_outputs(outputs)
+        if watcher is not None:
+            watcher.step_ended()
+        return request_outputs
 
     def _process_outputs(self, outputs: list[EngineCoreOutput]) -> list[AnyOutput]:
         processed = self.output_processor.process_outputs(outputs)
@@ -262,9 +281,24 @@ class LLMEngine:
         waiting = [d for d in self.scheduler.waiting_reasons(self.last_step) if d.request_id not in decided]
         return [*self.last_step.decisions, *waiting]
 
+    @property
+    def kernel_impl(self) -> str:
+        """Which implementation of the kernels computes: "cpu", "triton" or "reference"."""
+        return self._executor.kernel_impl
+
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; False while requests are running."""
-        return self.scheduler.kv_cache.pool.reset_prefix_cache()
+        was_reset = self.scheduler.kv_cache.pool.reset_prefix_cache()
+        if was_reset and self._watcher is not None:
+            self._watcher.prefix_cache_reset()
+        return was_reset
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Let somebody look on from now on; None: nobody. Raises ServerError where somebody else does."""
+        if watcher is not None and self._watcher is not None:
+            raise ServerError("this engine is being recorded already; an engine has one watcher at most")
+        self._watcher = watcher
+        self._executor.watch(watcher)
 
     # ------------------------------------------------------------------ start-up
     @classmethod
@@ -305,6 +339,7 @@ class LLMEngine:
         Everything that can be checked without the weights is checked before they are read.
         Raises ModelNotFoundError, ConfigError.
         """
+        settings = {name: value for name, value in locals().items() if name not in ("cls", "show_progress", "poison")}
         speculative = SpeculativeConfig.from_dict(speculative_config)
         ParallelConfig(tensor_parallel_size)
         if impl not in IMPLS:
@@ -384,7 +419,7 @@ class LLMEngine:
             None if before is None else executor.measure_memory(before, block_size),
         )
         executor.initialize_kv_cache(plan, show_progress=show_progress)
-        return cls(config, executor, loaded_tokenizer, plan, generation)
+        return cls(config, executor, loaded_tokenizer, plan, generation, settings)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

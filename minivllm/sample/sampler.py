@@ -14,7 +14,9 @@ Twin in vLLM: v1/sample/sampler.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from minivllm.sample.logprobs import host_logits, token_logprobs
 from minivllm.sample.metadata import SamplingMetadata
 from minivllm.sample.penalties import Logits
 from minivllm.sample.random import uniform
-from minivllm.sample.top_k_top_p import LogitsRow, inverse_cdf, restrict
+from minivllm.sample.top_k_top_p import LogitsRow, TokenIds, Weights, inverse_cdf, restrict
 
 NO_TOKEN = -1  # sampled_token_ids of a row in `errors`
 
@@ -95,8 +97,13 @@ def _checked(logits: torch.Tensor, metadata: SamplingMetadata) -> Logits:  # [nu
     return host_logits(logits)
 
 
-def _process(values: Logits, metadata: SamplingMetadata) -> dict[int, LogitsRow]:
-    """All steps before the argmax, in place. Returns {row: [vocab_size] raw logits} for the rows that want logprobs."""
+def _process(
+    values: Logits, metadata: SamplingMetadata, seen: Callable[[str, Logits], None] | None = None
+) -> dict[int, LogitsRow]:
+    """All steps before the argmax, in place. Returns {row: [vocab_size] raw logits} for the rows that want logprobs.
+
+    seen: called behind each step with its name and the values, which the next step changes.
+    """
     if metadata.grammar_bitmask is not None:
         penalties.apply_grammar_bitmask(values, metadata.grammar_bitmask.cpu().numpy())
     raw_rows = {
@@ -104,11 +111,59 @@ def _process(values: Logits, metadata: SamplingMetadata) -> dict[int, LogitsRow]
         for row, num_logprobs in enumerate(metadata.num_logprobs)
         if num_logprobs is not None
     }
-    penalties.apply_allowed_token_ids(values, metadata.allowed_token_ids)
-    penalties.apply_banned_token_ids(values, metadata.banned_token_ids)
-    penalties.apply_logit_bias(values, metadata.logit_bias)
-    penalties.apply_penalties(values, metadata.penalties)
+    changes: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("grammar", lambda: None),  # done above: logprobs are those behind it
+        ("allowed_token_ids", lambda: penalties.apply_allowed_token_ids(values, metadata.allowed_token_ids)),
+        ("bad_words, min_tokens", lambda: penalties.apply_banned_token_ids(values, metadata.banned_token_ids)),
+        ("logit_bias", lambda: penalties.apply_logit_bias(values, metadata.logit_bias)),
+        ("penalties", lambda: penalties.apply_penalties(values, metadata.penalties)),
+    )
+    for name, change in changes:
+        change()
+        if seen is not None:
+            seen(name, values)
     return raw_rows
+
+
+class Chance(NamedTuple):
+    """What one sampled row is drawn from: u points into the weights laid end to end."""
+
+    u: float  # in [0, 1): the number that the request's seed has for this position
+    ids: TokenIds | None  # [num_candidates], likeliest first; None: all tokens by id
+    weights: Weights  # [num_candidates], not normalised
+
+
+def stages(logits: torch.Tensor, metadata: SamplingMetadata) -> tuple[list[tuple[str, Logits]], list[Chance | None]]:
+    """What `sample` does to the logits, stage by stage, for people who look on; the logits stay as they are.
+
+    Returns [(stage, [num_reqs, vocab_size] logits behind it)] and one Chance per row, None for a row that is greedy or
+    has nothing finite. A token that can no longer be drawn is -inf; from "temperature" on, logits are divided by it.
+    logits: [num_reqs, vocab_size]
+    """
+    values = _checked(logits, metadata).copy()
+    found = [("model", values.copy())]
+    _process(values, metadata, lambda name, now: found.append((name, now.copy())))
+    sampled = [row for row, t in enumerate(metadata.temperature) if t > 0.0 and math.isfinite(values[row].max())]
+    chances: list[Chance | None] = [None] * len(values)
+    for name in ("temperature", "min_p", "top_k", "top_p"):
+        shown = values.copy()
+        for row in sampled:
+            ids, weights = restrict(
+                values[row],
+                float(values[row].max()),
+                metadata.temperature[row],
+                metadata.top_k[row] if name in ("top_k", "top_p") else 0,
+                metadata.top_p[row] if name == "top_p" else 1.0,
+                metadata.min_p[row] if name != "temperature" else 0.0,
+            )
+            chances[row] = Chance(uniform(metadata.seeds[row], metadata.positions[row]), ids, weights)
+            scaled = values[row] / np.float32(metadata.temperature[row])
+            if ids is not None:
+                shown[row] = -np.inf
+            kept = slice(None) if ids is None else ids
+            shown[row, kept] = scaled[kept]
+        found.append((name, shown))
+    return found, chances
 
 
 def _distribution(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from minivllm.errors import ConfigError
+from minivllm.kernels.dispatch import choose
 from minivllm.models.layers import KVCacheSpec
 from minivllm.models.linear import weight_bytes
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput
@@ -27,7 +28,7 @@ from minivllm.worker.cpu import CPUPath
 from minivllm.worker.draft_model import DraftModel
 from minivllm.worker.hooks import Hooks
 from minivllm.worker.kv_cache import GPUMemory, KVCache, KVCachePlan, allocate_kv_caches
-from minivllm.worker.model_runner import GrammarBitmask, ModelRunner
+from minivllm.worker.model_runner import BatchWatcher, GrammarBitmask, ModelRunner
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -91,6 +92,11 @@ class Executor:
         """Of all layers that keep something for a block id, the draft model's included."""
         specs: list[KVCacheSpec] = list(self.model.kv_cache_specs)
         return specs if self.draft_model is None else [*specs, *self.draft_model.kv_cache_specs]
+
+    @property
+    def kernel_impl(self) -> str:
+        """Which implementation of the kernels computes: "cpu", "triton" or "reference"."""
+        return choose(self.impl, torch.empty(0, device=self.device))
 
     @property
     def weight_bytes(self) -> int:
@@ -173,3 +179,8 @@ class Executor:
     def execute_model(self, step: SchedulerOutput, grammar_bitmask: GrammarBitmask | None = None) -> ModelRunnerOutput:
         """One step; grammar_bitmask is called when the forward is on its way."""
         return self.runner.execute_model(step, grammar_bitmask)
+
+    def watch(self, watcher: BatchWatcher | None) -> None:
+        """Let somebody look on from the next step on; None: nobody."""
+        if self._runner is not None:
+            self._runner.watcher = watcher

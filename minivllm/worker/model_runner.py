@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,22 @@ from minivllm.worker.kv_cache import KVCache, poison_blocks
 # way: a GPU computes them meanwhile. A CPU has computed them by then, and a thread that makes the rows earlier would
 # only take a core from the forward; they cost a few microseconds each, about 50 where the forward emptied the caches.
 GrammarBitmask = Callable[[Mapping[str, Sequence[int]]], Mapping[str, np.ndarray]]
+
+
+class BatchWatcher(Protocol):
+    """Looks on while a step is computed, and changes nothing (trace/recorder.py)."""
+
+    def batch_built(self, batch: InputBatch) -> None:
+        """Before the forward; tensors are in main memory."""
+
+    def logits_ready(
+        self,
+        states: Sequence[RequestState],
+        logits: torch.Tensor,  # [num_reqs, vocab_size] fp32, spent by the draw that comes next
+        metadata: SamplingMetadata,
+    ) -> None:
+        """Before each draw; row i belongs to states[i]."""
+
 
 PROMPT_LOGPROBS_ROWS = 64  # logits of this many prompt rows at a time: 64 x 152k vocabulary is 39 MB
 
@@ -75,6 +91,7 @@ class ModelRunner:
         self.causal = causal
         self.poison = poison
         self.draft_model = draft_model
+        self.watcher: BatchWatcher | None = None
         self.states: dict[str, RequestState] = {}
 
     @torch.inference_mode()
@@ -98,6 +115,8 @@ class ModelRunner:
             causal=self.causal,
             batch_invariant=self.batch_invariant,
         )
+        if self.watcher is not None:
+            self.watcher.batch_built(batch)
         batch = self.path.prepare(batch)
         if self.hooks:
             hidden_states = self.hooks.forward(self.path, batch, step.step, result.errors)
@@ -170,7 +189,10 @@ class ModelRunner:
                 drawn_so_far = {s.request_id: result.sampled_token_ids.get(s.request_id, []) for s in states}
                 bitmask = self._bitmask_rows(states, grammar_bitmask(drawn_so_far))
             metadata = SamplingMetadata.from_requests([s.row for s in states if s.row is not None], bitmask)
-            drawn = self.path.sample(logits if len(rows) == len(logits) else logits[rows], metadata)
+            row_logits = logits if len(rows) == len(logits) else logits[rows]
+            if self.watcher is not None:
+                self.watcher.logits_ready(states, row_logits, metadata)
+            drawn = self.path.sample(row_logits, metadata)
             drawing = [i for position, i in enumerate(drawing) if self._take(states[position], drawn, position, result)]
             num_drawn += 1
 

@@ -18,7 +18,8 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"models", "sample", "core", "openai_client", "figures"}),
     frozenset({"worker", "structured_output", "speculative"}),
     frozenset({"engine"}),
-    frozenset({"entrypoints", "cli", "labs", "llm", "verify", "trace", "bench"}),
+    frozenset({"trace"}),  # looks on: LLM.trace() and the commands are above it
+    frozenset({"entrypoints", "cli", "labs", "llm", "verify", "bench"}),
     frozenset({"minivllm"}),  # the face: public names only
 )
 # The command line starts whatever its own row offers (serve, run-batch, verify, explain); nobody there imports it.

@@ -11,6 +11,7 @@ import torch
 
 from minivllm.sample import SamplingMetadata, final_probabilities, sample
 from minivllm.sample.random import uniform
+from minivllm.sample.sampler import stages
 from minivllm.sample.top_k_top_p import inverse_cdf, restrict
 from tests.sample.helpers import chi_square_deviation, llm_like_logits, make_row, metadata_of
 from tests.tolerances import CHI_SQUARE_DEVIATIONS
@@ -259,3 +260,42 @@ def test_draws_from_a_large_vocabulary_follow_the_exact_distribution(decay, para
     cells = [*counts[common], *np.bincount(regions, rare_counts)]
     probabilities = [*exact[common], *np.bincount(regions, rare_exact)]
     assert abs(chi_square_deviation(cells, probabilities)) < CHI_SQUARE_DEVIATIONS
+
+
+# ------------------------------------------------------------------ stage by stage
+def test_the_stages_end_in_the_distribution_that_is_drawn_from_and_name_what_changes():
+    logits = llm_like_logits(3, 700, 1.1, seed=5)
+    before = logits.clone()
+    rows = [
+        make_row(700, seed=4, temperature=0.7, top_p=0.8, top_k=10, min_p=0.001, logit_bias={3: 5.0}),
+        make_row(700, seed=5, temperature=1.0),
+        make_row(700, temperature=0.0, prompt=[1, 2], repetition_penalty=1.5),
+    ]
+    metadata = metadata_of(*rows)
+    found, chances = stages(logits, metadata)
+    assert torch.equal(logits, before)  # looking changes nothing
+    assert [name for name, _ in found] == [
+        *("model", "grammar", "allowed_token_ids", "bad_words, min_tokens", "logit_bias", "penalties"),
+        *("temperature", "min_p", "top_k", "top_p"),
+    ]
+    probabilities, drawn = final_probabilities(logits, metadata).numpy(), sample(logits, metadata).sampled_token_ids
+    for row in (0, 1):
+        chance = chances[row]
+        ids = np.arange(700) if chance.ids is None else chance.ids
+        weights = chance.weights / chance.weights.sum(dtype=np.float64)
+        assert np.array_equal(weights, probabilities[row][ids])
+        assert set(np.flatnonzero(found[-1][1][row] > -np.inf)) == set(ids.tolist())
+        assert ids[inverse_cdf(chance.weights, chance.u)] == drawn[row]
+    assert chances[2] is None and int(found[-1][1][2].argmax()) == drawn[2]
+    changed = [
+        {after[0] for before, after in zip(found, found[1:], strict=False) if (before[1][r] != after[1][r]).any()}
+        for r in range(3)
+    ]
+    assert changed == [{"logit_bias", "temperature", "min_p", "top_k", "top_p"}, set(), {"penalties"}]
+
+
+def test_the_stages_of_a_row_without_a_number_are_shown_and_nothing_is_drawn_from_it():
+    logits = torch.tensor([[NOT_A_NUMBER, 1.0], [0.0, 1.0]])
+    found, chances = stages(logits, metadata_of(make_row(2), make_row(2)))
+    assert chances[0] is None and chances[1] is not None
+    assert math.isnan(found[-1][1][0, 0])

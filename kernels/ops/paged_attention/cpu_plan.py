@@ -143,6 +143,15 @@ class StepPlan:
             self._derived[key] = make_plan(self.contexts, *arguments)
         return self._derived[key]
 
+    def ways(self) -> dict[int, str]:
+        """{first row of a request: which of the module's ways its rows went}, for people who look on."""
+        found = {context.first_row: "rows" for context in self.contexts}
+        for plan in self._derived.values():
+            if isinstance(plan, LayerPlan):
+                found |= {prefill.first_row: "prefill" for prefill in plan.prefills}
+                found |= {tile.first_row: "tile" for tile in plan.tiles if tile.first_row in found}
+        return found
+
 
 def contexts_of(metadata: AttentionMetadata) -> list[Context]:
     """The requests of a step, with their own part of the block table."""
