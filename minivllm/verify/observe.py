@@ -21,6 +21,8 @@ from minivllm.models.linear import Linear
 from minivllm.sampling_params import SamplingParams
 from minivllm.verify.reference import Values, find_layers
 
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "decoder.final_layer_norm")
+
 
 class Trace:
     """One request's values.
@@ -30,8 +32,18 @@ class Trace:
     every position.
     """
 
-    def __init__(self, token_ids: list[int], first_row: int, values: Values, output_ids: list[int]):
+    def __init__(self, token_ids: list[int], first_row: int, values: Values, output_ids: list[int], layers_path: str):
         self.token_ids, self.first_row, self.values, self.output_ids = token_ids, first_row, values, output_ids
+        self.layers_path = layers_path
+
+    def get(self, point: str) -> torch.Tensor | None:  # [num_tokens - first_row, width]
+        """By transformers' name. Keys and values are those of the cache; the last norm is fused with a sum."""
+        if point.endswith((".key", ".value")):
+            layer = point.removeprefix(f"{self.layers_path}.").partition(".")[0]
+            point = f"{self.layers_path}.{layer}.cache.{point.rpartition('.')[2]}"
+        elif point in FINAL_NORMS:
+            point = "final"
+        return self.values.get(point)
 
 
 class Observer:
@@ -42,6 +54,7 @@ class Observer:
         self.model: Any = engine._executor.model
         self._rows: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._handles: list[Any] = []
+        self.linears: dict[str, tuple[Linear, str]] = {}  # point -> the product and the shard that it comes from
         self._is_batched = hasattr(self.model, "network")  # transformers' own modules: hf_backend.py
 
     def __enter__(self) -> Observer:
@@ -72,6 +85,8 @@ class Observer:
         for name, module in base.named_modules():
             if isinstance(module, Linear):
                 self._handles.append(module.register_forward_hook(self._shards(module, name)))
+                parent = name.rpartition(".")[0]
+                self.linears |= {f"{parent}.{s}" if s else name: (module, s) for s in module.shards}
             elif name.endswith(("q_norm", "k_norm", "post_feedforward_layernorm", "self_attn", "mlp")):
                 self._on_output(module, name)
         for index, layer in enumerate(base.layers):
@@ -93,8 +108,7 @@ class Observer:
         self._handles.append(module.register_forward_pre_hook(lambda m, args: self._add(point, args[0])))
 
     def _shards(self, module: Linear, name: str) -> Any:
-        parent = name.rpartition(".")[0]
-        names = [f"{parent}.{shard}" if shard else name for shard in module.shards]
+        names = [f"{name.rpartition('.')[0]}.{shard}" if shard else name for shard in module.shards]
 
         def hook(m: nn.Module, args: Any, output: torch.Tensor) -> None:  # output: [num_tokens, out_features]
             for point, part in zip(names, output.split(list(module.shards.values()), dim=-1), strict=True):
@@ -121,20 +135,39 @@ class Observer:
             rows = value[0] if self._is_batched and value.dim() >= 3 else value
             self._rows[point].append(rows.detach().flatten(1).float().clone())
 
+    def weight(self, point: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(weight [out_features, in_features], bias [out_features]) as the product really uses them, whatever the
+        format: it is multiplied with the unit vectors. None for what is no product of ours."""
+        if point not in self.linears:
+            return None
+        module, shard = self.linears[point]
+        with torch.inference_mode():
+            zero = torch.zeros(1, module.in_features, dtype=self._dtype)
+            units = torch.eye(module.in_features, dtype=self._dtype)
+            bias = module(zero).float()
+            columns = module(units).float() - bias
+        index = list(module.shards).index(shard)
+        widths = list(module.shards.values())
+        return columns.split(widths, dim=1)[index].t(), bias[0].split(widths)[index]
+
     # ------------------------------------------------------------------ one request
     def run(self, token_ids: list[int], max_tokens: int = 1) -> Trace:
-        """Compute a prompt and `max_tokens` greedy tokens. Raises RuntimeError where the engine failed the request."""
+        """Compute a prompt and `max_tokens` greedy tokens. A request that the engine failed (NaN) is looked at, too.
+
+        Raises RuntimeError where the engine broke off before the prompt was computed.
+        """
         self._rows.clear()
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         request_id = self.engine.add_request({"prompt_token_ids": token_ids}, params)
         output: Any = None
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
-                if output.finished and getattr(output, "error", None):
-                    raise RuntimeError(f"the engine failed the request: {output.error}")
-        state = self.engine._executor._runner.states[request_id]  # type: ignore[union-attr]
+                pass
+        state = self.engine._executor._runner.states.get(request_id)  # type: ignore[union-attr]
+        if state is None or "final" not in self._rows:
+            raise RuntimeError(f"the engine failed a request of {len(token_ids)} tokens: {output.error}")
         output_ids = list(output.outputs[0].token_ids)
-        computed = [*token_ids, *output_ids][:-1]
+        computed = [*token_ids, *output_ids][: state.num_tokens - (1 if output_ids else 0)]
         values = {point: torch.cat(parts) for point, parts in self._rows.items()}
         num_rows = len(values["final"])
         values = {point: rows for point, rows in values.items() if len(rows) == num_rows}  # not those of experts
@@ -142,7 +175,7 @@ class Observer:
         values |= self._cached(block_ids, len(computed))
         with torch.inference_mode():
             values["logits"] = self.model.compute_logits(values["final"].to(self._dtype)).float()
-        return Trace(computed, len(computed) - num_rows, values, output_ids)
+        return Trace(computed, len(computed) - num_rows, values, output_ids, self.layers_path)
 
     @property
     def _dtype(self) -> torch.dtype:

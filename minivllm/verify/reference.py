@@ -132,6 +132,8 @@ class ReferenceTrace:
         value = value[0] if isinstance(value, tuple) else value
         if isinstance(value, torch.Tensor) and value.dim() >= 3 and value.shape[:2] == (1, self.num_tokens):
             self.values[point] = value[0].flatten(1).float().clone()
+        elif isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[::2] == (1, self.num_tokens):
+            self.values[point] = value[0].transpose(0, 1).flatten(1).float().clone()  # heads in front: Gemma's norms
 
     def output_hook(self, point: str) -> Any:
         return lambda module, args, output: self.add(point, output)

@@ -1,0 +1,191 @@
+"""Where the networks part: every point of every layer, ours against transformers', the layer's own fault kept apart.
+
+    whole prompt    one chunk and some decode steps
+    cut prompt      small blocks, small chunks, a prefix out of the cache, blocks that had another owner
+
+Each layer of the reference is given our layer's input (reference.py), so an error does not travel, and a tolerance
+holds for layer 30 as for layer 0. The first point over it, in the order of computation, is where the layer's fault is;
+diagnose.py guesses its kind. Cache slots that nobody wrote are NaN here.
+
+Knows no client and no sampler. Called by verify.py. Twin in vLLM: none.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from minivllm.engine.llm_engine import LLMEngine
+from minivllm.verify.diagnose import Place, diagnose
+from minivllm.verify.observe import Observer, Trace
+from minivllm.verify.records import FAIL, OK, Check, Finding, PointError
+from minivllm.verify.reference import Reference, ReferenceTrace
+
+# RMS(difference) / RMS(value) of the worst position, of one layer alone. In float32 every tiny architecture and the
+# default model stay below 4e-6, their norms (one operation) below 3e-7. bfloat16 keeps 8 bits: 0.2 % in each of the
+# dozen operations of a layer, more where large terms cancel. int8 and int4: a step of the codes, over such a layer.
+TOLERANCES: Mapping[str, float] = MappingProxyType({"float32": 2e-5, "bfloat16": 0.06, "int8": 0.12, "int4": 0.5})
+NORM_TOLERANCE = 2e-6  # in float32
+CACHED_FACTOR = 10.0  # what another request left in the cache has the errors of all layers below it
+BLOCK, CHUNK, SCENARIO_TOKENS, DECODE_TOKENS = 4, 13, 40, 5
+
+Start = Callable[..., LLMEngine]  # options -> a new engine on the model
+
+
+def compare(
+    scenario: str, ours: Trace, free: ReferenceTrace, forced: ReferenceTrace, arithmetic: str
+) -> list[PointError]:
+    """All points that both sides have, in the order of computation."""
+    errors = []
+    for point, expected in forced.values.items():
+        found = ours.get(point)
+        if found is None or found.shape[1] != expected.shape[1]:
+            continue
+        start = len(expected) - len(found)
+        tolerance = TOLERANCES[arithmetic]
+        if arithmetic == "float32" and point.endswith("input_layernorm"):
+            tolerance = NORM_TOLERANCE
+        if point.endswith((".key", ".value")) and ours.first_row > 0:
+            tolerance *= CACHED_FACTOR
+        own = _row_errors(found, expected[start:])
+        wrong = (~(own <= tolerance)).nonzero().flatten()
+        difference = (found - expected[start:]).abs()
+        worst = int(own.nan_to_num(torch.inf).argmax())
+        errors.append(
+            PointError(
+                scenario=scenario,
+                point=point,
+                layer=layer_of(point, ours.layers_path),
+                own=_largest(own),
+                total=_largest(_row_errors(found, free.values[point][start:])),
+                max_abs=_largest(difference),
+                mean_abs=float(difference.mean()),
+                cosine=float(torch.cosine_similarity(found[worst], expected[start + worst], dim=0)),
+                tolerance=tolerance,
+                position=start + int(wrong[0]) if len(wrong) else None,
+            )
+        )
+    return errors
+
+
+def _row_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """found, expected: [rows, width] -> [rows]"""
+    return (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-20)
+
+
+def _largest(values: torch.Tensor) -> float:
+    """values: any shape. NaN counts as infinite."""
+    return float(values.nan_to_num(torch.inf).max())
+
+
+def layer_of(point: str, layers_path: str) -> int | None:
+    """The number behind the path of the layers; None for what is in no layer."""
+    rest = point.removeprefix(f"{layers_path}.")
+    return int(rest.split(".")[0]) if rest != point else None
+
+
+def find(
+    scenario: str, observer: Observer, ours: Trace, reference: Reference, arithmetic: str, token: Callable[[int], str]
+) -> tuple[list[PointError], list[Finding]]:
+    """Compare one request of ours with transformers; one finding for every kind of fault."""
+    free = reference.trace(ours.token_ids)
+    inputs = {i: ours.values[f"{ours.layers_path}.{i}.input"] for i in range(len(reference.layers))}
+    forced = reference.trace(ours.token_ids, inputs)
+    errors = compare(scenario, ours, free, forced, arithmetic)
+    firsts: dict[int | None, PointError] = {}
+    for error in errors:
+        is_layer_before = error.point.endswith(".input") and error.layer != 0
+        is_spoiled = error.layer is not None and not torch.isfinite(inputs[error.layer]).all()  # NaN came in
+        if error.is_wrong and not is_layer_before and not is_spoiled:
+            firsts.setdefault(error.layer, error)
+    if len(firsts) > 1:
+        firsts.pop(None, None)  # the head reads what the layers spoiled
+    findings: dict[tuple[str, str], Finding] = {}
+    for layer, error in firsts.items():
+        kind, evidence = diagnose(Place(error.point, layer, observer, ours, forced, reference))
+        component = error.point.removeprefix(f"{ours.layers_path}.{layer}.")
+        component = "output (residual sum)" if component == error.point and layer is not None else component
+        component = "embedding" if component == "input" else component
+        known = findings.setdefault(
+            (kind, component),
+            Finding(
+                scenario=scenario,
+                kind=kind,
+                component=component,
+                layers=[],
+                position=error.position or 0,
+                token_id=ours.token_ids[error.position or 0],
+                token=token(ours.token_ids[error.position or 0]),
+                evidence=evidence,
+            ),
+        )
+        if layer is not None:
+            known.layers.append(layer)
+    return errors, list(findings.values())
+
+
+# ------------------------------------------------------------------ scenarios
+def check_layers(
+    start: Start, reference: Reference, vocab_size: int, arithmetic: str = "float32", **options: Any
+) -> tuple[list[Check], list[PointError], list[Finding]]:
+    """Both scenarios. A fault that the whole prompt shows is not told again for the cut one."""
+    checks, points, findings = [], [], []
+    for name, run in (("whole prompt", _whole_prompt), ("cut prompt", _cut_prompt)):
+        engine, traces = run(start, vocab_size, options)
+        with Observer(engine) as observer:
+            for ours in traces(observer):
+                errors, found = find(name, observer, ours, reference, arithmetic, _token_text(engine))
+                checks.append(_as_check(name, errors, len(ours.token_ids), ours.first_row))
+                known = {(finding.kind, finding.component) for finding in findings}
+                findings += [finding for finding in found if (finding.kind, finding.component) not in known]
+                points += errors if not points or any(error.is_wrong for error in errors) else []
+    return checks, points, findings
+
+
+def _as_check(name: str, errors: list[PointError], num_tokens: int, num_cached: int) -> Check:
+    wrong = [error for error in errors if error.is_wrong]
+    worst = max(errors, key=lambda error: error.own / error.tolerance)
+    detail = f"{len(errors)} points, {num_tokens} tokens, {num_cached} from the prefix cache; worst: {worst.point}"
+    return Check("layers", name, FAIL if wrong else OK, f"own error {worst.own:.1e}", f"{worst.tolerance:.0e}", detail)
+
+
+def _token_text(engine: LLMEngine) -> Callable[[int], str]:
+    return lambda token_id: engine.decode([token_id], skip_special_tokens=False)
+
+
+def _random_ids(vocab_size: int, *seeds: int) -> list[list[int]]:
+    """SCENARIO_TOKENS ids for each seed, the same everywhere."""
+    return [random.Random(seed).choices(range(4, vocab_size), k=SCENARIO_TOKENS) for seed in seeds]
+
+
+def _whole_prompt(start: Start, vocab_size: int, options: dict[str, Any]) -> Any:
+    engine = start(poison=True, **options)
+    [prompt] = _random_ids(vocab_size, 1)
+    return engine, lambda observer: [observer.run(prompt, DECODE_TOKENS)]
+
+
+def _cut_prompt(start: Start, vocab_size: int, options: dict[str, Any]) -> Any:
+    """A prompt whose first blocks are in the cache; the next ones are there, too, but behind another prefix. Then the
+    pool is filled by others, and a prompt comes back whose blocks were given away."""
+    settings = {
+        "block_size": BLOCK,
+        "max_num_batched_tokens": CHUNK,
+        "num_gpu_blocks_override": 3 * SCENARIO_TOKENS // BLOCK,
+    }
+    engine = start(poison=True, **settings, **options)
+    first, second, third, fourth = _random_ids(vocab_size, 1, 2, 3, 4)
+    half = SCENARIO_TOKENS // 2
+
+    def traces(observer: Observer) -> list[Trace]:
+        observer.run(first)
+        observer.run([*third[:half], *second[half:]])
+        mixed = observer.run([*first[:half], *second[half:]], DECODE_TOKENS)
+        for prompt in (third, fourth, second):
+            observer.run(prompt)
+        return [mixed, observer.run(first, DECODE_TOKENS)]
+
+    return engine, traces

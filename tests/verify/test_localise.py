@@ -1,0 +1,48 @@
+"""A planted bug is found in the layers where it is, in the component where it is, and called by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from golden.tiny import DECODERS
+from minivllm.engine.llm_engine import LLMEngine, read_model_facts
+from minivllm.verify.localise import check_layers
+from minivllm.verify.records import FAIL, OK
+from minivllm.verify.reference import Reference
+from tests.verify.planted import BUGS
+
+
+def look(folder: Path, arithmetic: str = "float32", **options: Any) -> Any:
+    facts = read_model_facts(folder)
+    reference = Reference.load(facts.source, facts.hf_config)
+
+    def start(**more: Any) -> LLMEngine:
+        return LLMEngine.from_model(folder, **{"dtype": "float32", "kv_cache_memory_bytes": 1 << 20, **more})
+
+    return check_layers(start, reference, facts.model_config.vocab_size, arithmetic, **options)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_localised_and_named(
+    name: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bug = BUGS[name]
+    bug.plant(monkeypatch)
+    checks, _, findings = look(tiny_model(bug.model), bug.arithmetic, **bug.options)
+    assert FAIL in [check.status for check in checks]
+    found = findings[0]
+    assert (found.kind, found.component, tuple(found.layers)) == (bug.kind, bug.component, bug.layers), "\n".join(
+        map(str, findings)
+    )
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_clean_network_raises_no_alarm(name: str, tiny_model: Callable[[str], Path]) -> None:
+    checks, points, findings = look(tiny_model(name))
+    assert findings == []
+    assert [check.status for check in checks] == [OK, OK, OK]
+    assert len({point.layer for point in points}) > 2
