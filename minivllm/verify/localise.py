@@ -25,10 +25,10 @@ from minivllm.verify.observe import Observer, Trace
 from minivllm.verify.records import FAIL, OK, Check, Finding, PointError
 from minivllm.verify.reference import Reference, ReferenceTrace
 
-# RMS(difference) / RMS(value) of the worst position, of one layer alone. In float32 every tiny architecture and the
-# default model stay below 4e-6, their norms (one operation) below 3e-7. bfloat16 keeps 8 bits: 0.2 % in each of the
-# dozen operations of a layer, more where large terms cancel. int8 and int4: a step of the codes, over such a layer.
-TOLERANCES: Mapping[str, float] = MappingProxyType({"float32": 2e-5, "bfloat16": 0.06, "int8": 0.12, "int4": 0.5})
+# RMS(difference) / RMS(value), of one layer alone. float32: of the worst position; every tiny architecture and the default
+# model stay below 4e-6, their norms (one operation) below 3e-7. The others: of the median position, because a rounded
+# network may choose another expert, or lose a value to cancellation, at single positions; three times what is measured.
+TOLERANCES: Mapping[str, float] = MappingProxyType({"float32": 2e-5, "bfloat16": 0.04, "int8": 0.06, "int4": 0.5})
 NORM_TOLERANCE = 2e-6  # in float32
 CACHED_FACTOR = 10.0  # what another request left in the cache has the errors of all layers below it
 BLOCK, CHUNK, SCENARIO_TOKENS, DECODE_TOKENS = 4, 13, 40, 5
@@ -53,6 +53,7 @@ def compare(
             tolerance *= CACHED_FACTOR
         own = _row_errors(found, expected[start:])
         wrong = (~(own <= tolerance)).nonzero().flatten()
+        summary = _largest if arithmetic == "float32" else _median
         difference = (found - expected[start:]).abs()
         worst = int(own.nan_to_num(torch.inf).argmax())
         errors.append(
@@ -60,13 +61,13 @@ def compare(
                 scenario=scenario,
                 point=point,
                 layer=layer_of(point, ours.layers_path),
-                own=_largest(own),
-                total=_largest(_row_errors(found, free.values[point][start:])),
+                own=summary(own),
+                total=summary(_row_errors(found, free.values[point][start:])),
                 max_abs=_largest(difference),
                 mean_abs=float(difference.mean()),
                 cosine=float(torch.cosine_similarity(found[worst], expected[start + worst], dim=0)),
                 tolerance=tolerance,
-                position=start + int(wrong[0]) if len(wrong) else None,
+                position=start + int(wrong[0]) if summary(own) > tolerance else None,
             )
         )
     return errors
@@ -80,6 +81,11 @@ def _row_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 def _largest(values: torch.Tensor) -> float:
     """values: any shape. NaN counts as infinite."""
     return float(values.nan_to_num(torch.inf).max())
+
+
+def _median(values: torch.Tensor) -> float:
+    """values: any shape. NaN counts as infinite."""
+    return float(values.nan_to_num(torch.inf).median())
 
 
 def layer_of(point: str, layers_path: str) -> int | None:
@@ -132,9 +138,14 @@ def find(
 def check_layers(
     start: Start, reference: Reference, vocab_size: int, arithmetic: str = "float32", **options: Any
 ) -> tuple[list[Check], list[PointError], list[Finding]]:
-    """Both scenarios. A fault that the whole prompt shows is not told again for the cut one."""
+    """Both scenarios; the whole prompt only in other arithmetics than float32, whose errors add up in the cache.
+
+    A fault that the whole prompt shows is not told again for the cut one.
+    options: of the engines. Raises ConfigError for what the model refuses.
+    """
     checks, points, findings = [], [], []
-    for name, run in (("whole prompt", _whole_prompt), ("cut prompt", _cut_prompt)):
+    scenarios = (("whole prompt", _whole_prompt), ("cut prompt", _cut_prompt))
+    for name, run in scenarios if arithmetic == "float32" else scenarios[:1]:
         engine, traces = run(start, vocab_size, options)
         with Observer(engine) as observer:
             for ours in traces(observer):

@@ -159,10 +159,10 @@ class Observer:
         self._rows.clear()
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         request_id = self.engine.add_request({"prompt_token_ids": token_ids}, params)
-        output: Any = None
+        outputs: list[Any] = []
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                pass
+            outputs += self.engine.step()
+        output = outputs[-1]
         state = self.engine._executor._runner.states.get(request_id)  # type: ignore[union-attr]
         if state is None or "final" not in self._rows:
             raise RuntimeError(f"the engine failed a request of {len(token_ids)} tokens: {output.error}")

@@ -34,7 +34,8 @@ class Check:
 @dataclass(frozen=True)
 class PointError:
     """One value of one layer, ours against transformers'. own: of a layer that was given our input, so the point's own
-    fault; total: of the whole network up to here. Both are RMS(difference) / RMS(value) of the worst position."""
+    fault; total: of the whole network up to here. Both are RMS(difference) / RMS(value) of the worst position, in other
+    arithmetics than float32 of the median one."""
 
     scenario: str
     point: str

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from golden.tiny import DECODERS
-from minivllm.engine.llm_engine import LLMEngine, read_model_facts
+from minivllm.engine.llm_engine import read_model_facts
+from minivllm.verify.engines import Engines
 from minivllm.verify.localise import check_layers
 from minivllm.verify.records import FAIL, OK
 from minivllm.verify.reference import Reference
@@ -19,11 +20,7 @@ from tests.verify.planted import BUGS
 def look(folder: Path, arithmetic: str = "float32", **options: Any) -> Any:
     facts = read_model_facts(folder)
     reference = Reference.load(facts.source, facts.hf_config)
-
-    def start(**more: Any) -> LLMEngine:
-        return LLMEngine.from_model(folder, **{"dtype": "float32", "kv_cache_memory_bytes": 1 << 20, **more})
-
-    return check_layers(start, reference, facts.model_config.vocab_size, arithmetic, **options)
+    return check_layers(Engines(folder).start, reference, facts.model_config.vocab_size, arithmetic, **options)
 
 
 @pytest.mark.parametrize("name", BUGS)
