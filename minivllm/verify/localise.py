@@ -25,10 +25,11 @@ from minivllm.verify.observe import Observer, Trace
 from minivllm.verify.records import FAIL, OK, Check, Finding, PointError
 from minivllm.verify.reference import Reference, ReferenceTrace
 
-# RMS(difference) / RMS(value), of one layer alone. float32: of the worst position; every tiny architecture and the default
-# model stay below 4e-6, their norms (one operation) below 3e-7. The others: of the median position, because a rounded
-# network may choose another expert, or lose a value to cancellation, at single positions; three times what is measured.
-TOLERANCES: Mapping[str, float] = MappingProxyType({"float32": 2e-5, "bfloat16": 0.04, "int8": 0.06, "int4": 0.5})
+# RMS(difference) / RMS(value), of one layer alone. float32: of the worst position; every tiny architecture and the
+# default model stay below 4e-6, their norms (one operation) below 3e-7. The others: of the median position, because a
+# rounded network may choose another expert, or lose a value to cancellation, at single positions; two to three times
+# what is measured.
+TOLERANCES: Mapping[str, float] = MappingProxyType({"float32": 2e-5, "bfloat16": 0.04, "int8": 0.12, "int4": 0.5})
 NORM_TOLERANCE = 2e-6  # in float32
 CACHED_FACTOR = 10.0  # what another request left in the cache has the errors of all layers below it
 BLOCK, CHUNK, SCENARIO_TOKENS, DECODE_TOKENS = 4, 13, 40, 5

@@ -1,6 +1,6 @@
 """Bugs as people make them when they port a network, each planted into the engine for one test.
 
-A bug changes the code or the loaded network of OUR side only. `where`: the component that must be named, and the layers.
+A bug changes the code or the loaded network of OUR side only; component and layers are what must be named.
 """
 
 from __future__ import annotations
