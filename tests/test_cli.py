@@ -22,7 +22,7 @@ from minivllm import LLM, SamplingParams, cli, hub
 from tests.command import Result, Run, Stdin
 from tests.tolerances import UNIT_LENGTH_ATOL
 
-COMMANDS = ("serve", "complete", "generate", "chat", "embed", "pull", "plan", "run-batch")
+COMMANDS = ("serve", "complete", "generate", "chat", "embed", "pull", "plan", "run-batch", "verify", "diff")
 SMALL = ("--kv-cache-memory-bytes", "400000")  # a pool of a few blocks: the commands start faster
 GREEDY = ("-t", "0", "--max-tokens", "5")
 

@@ -1,9 +1,10 @@
-"""The command line: serve, chat, generate, embed, pull, plan, run-batch.
+"""The command line: serve, chat, generate, embed, pull, plan, run-batch, verify, diff.
 
     __init__.py      the table of commands, and what an error looks like
     serving.py       serve                      conversation.py  chat
     offline.py       generate, embed            batch.py         run-batch
-    models.py        pull, plan                 options.py terminal.py  what they share
+    models.py        pull, plan                 verifying.py     verify, diff
+    options.py terminal.py  what they share
 
 Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
 error. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
@@ -29,6 +30,7 @@ from minivllm.cli.offline import embed, generate
 from minivllm.cli.serving import serve
 from minivllm.cli.settings import SettingsCommand
 from minivllm.cli.terminal import stderr
+from minivllm.cli.verifying import diff, verify
 from minivllm.errors import MiniVLLMError
 from minivllm.version import __version__
 
@@ -76,6 +78,8 @@ for _name, _command in (
     ("plan", plan),
     ("pull", pull),
     ("run-batch", run_batch),
+    ("verify", verify),
+    ("diff", diff),
 ):
     app.command(_name, cls=SettingsCommand)(_command)
 

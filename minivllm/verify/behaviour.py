@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from transformers.generation import logits_process as hf
 
 from minivllm.engine.llm_engine import LLMEngine
+from minivllm.engine.tokenizer import Tokenizer
 from minivllm.errors import MiniVLLMError
 from minivllm.hub import ModelSource
 from minivllm.sample.metadata import SamplingMetadata, SamplingRow
@@ -107,14 +108,19 @@ def _our_chat(engine: LLMEngine, chat: list[dict[str, str]]) -> Any:
         return None
 
 
-def prompts_of(engine: LLMEngine, vocab_size: int, room: int) -> list[list[int]]:
-    """Texts, a conversation, one token, and ids of no meaning around the block size; `room` tokens at most."""
+def prompts_of(tokenizer: Tokenizer | None, vocab_size: int, room: int) -> list[list[int]]:
+    """One token, ids of no meaning around the block size, texts, a conversation; `room` tokens at most."""
     prompts = [[vocab_size // 2], [(7 * i * i + 31 * i + 5) % (vocab_size - 4) + 4 for i in range(33)]]
-    if engine.tokenizer is not None:
-        prompts += [ids for ids in map(engine.tokenizer.encode, TEXTS) if ids]
-        chat = _our_chat(engine, CHAT[1]) if engine.tokenizer.chat_template else None
-        prompts += [chat] if chat else []
+    if tokenizer is not None:
+        prompts += [ids for ids in map(tokenizer.encode, TEXTS) if ids]
+        if tokenizer.chat_template:
+            prompts.append(chat_ids(tokenizer, CHAT[0]))
     return [prompt[:room] for prompt in prompts if max(prompt) < vocab_size]
+
+
+def chat_ids(tokenizer: Tokenizer, chat: list[dict[str, str]]) -> list[int]:
+    """A conversation through the model's template."""
+    return tokenizer.encode(tokenizer.apply_chat_template(chat), add_special_tokens=False)
 
 
 # ------------------------------------------------------------------ distributions

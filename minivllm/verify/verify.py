@@ -58,7 +58,7 @@ def verify_model(
     say("tokenizer")
     report.checks += check_tokenizer(engine, facts.source)
     say("next tokens, greedy runs, prompt logprobs")
-    prompts = prompts_of(engine, vocab_size, facts.model_config.max_model_len // 2)
+    prompts = prompts_of(engine.tokenizer, vocab_size, facts.model_config.max_model_len // 2)
     report.checks += _guarded("answers", lambda: _answers(report, engines, reference, prompts, max_tokens))
     say("sampler")
     report.checks += check_sampler(reference, prompts[-1])
