@@ -6,7 +6,8 @@
 
 Standard library only: whoever talks to a server needs neither torch nor an SDK. Closing the iterator, also by Ctrl-C,
 closes the connection, and the server stops computing. No proxy, no redirect, no second try: what fails is said.
-Knows no terminal. Called by cli/remote.py, verify/remote.py. Twin in vLLM: vllm/entrypoints/cli/openai.py (over the openai package).
+Knows no terminal. Called by cli/remote.py, verify/remote.py. Twin in vLLM: vllm/entrypoints/cli/openai.py (over the
+openai package).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ token among the other's best).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,11 +45,11 @@ TEXTS = (
     "  two  spaces\n\n\tand a tab, 3.14159",
     "東京は日本の首都です。",
 )
-CHAT = (
+CHAT: Sequence[Sequence[dict[str, str]]] = (
     [{"role": "user", "content": "What is a block?"}],
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Why?"}],
-)  # fmt: skip
-SAMPLING: tuple[dict[str, Any], ...] = (
+)
+SAMPLING: Sequence[dict[str, Any]] = (
     {"temperature": 1.0},
     {"temperature": 0.7, "top_k": 20},
     {"temperature": 1.3, "top_p": 0.9},
@@ -92,18 +93,18 @@ def _round_trip(tokenizer: Any, text: str) -> str:
     return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False))
 
 
-def _their_chat(truth: Any, chat: list[dict[str, str]]) -> Any:
+def _their_chat(truth: Any, chat: Sequence[dict[str, str]]) -> Any:
     """Ids, or None where the template refuses."""
     try:
-        return list(truth.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        return list(truth.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False))
     except Exception:  # whatever a template raises
         return None
 
 
-def _our_chat(engine: LLMEngine, chat: list[dict[str, str]]) -> Any:
+def _our_chat(engine: LLMEngine, chat: Sequence[dict[str, str]]) -> Any:
     """Ids, or None where the template refuses."""
     try:
-        return engine.tokenize_prompt(engine.render_chat(chat))[0]
+        return engine.tokenize_prompt(engine.render_chat(list(chat)))[0]
     except MiniVLLMError:
         return None
 
@@ -118,7 +119,7 @@ def prompts_of(tokenizer: Tokenizer | None, vocab_size: int, room: int) -> list[
     return [prompt[:room] for prompt in prompts if max(prompt) < vocab_size]
 
 
-def chat_ids(tokenizer: Tokenizer, chat: list[dict[str, str]]) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, chat: Sequence[dict[str, str]]) -> list[int]:
     """A conversation through the model's template."""
     return tokenizer.encode(tokenizer.apply_chat_template(chat), add_special_tokens=False)
 

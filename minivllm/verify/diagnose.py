@@ -268,7 +268,7 @@ def _pair_lengths(heads: torch.Tensor, pairing: str) -> torch.Tensor:
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """found, expected: the same shape"""
+    """found, expected: any shape, the same."""
     return bool((found - expected).norm() <= 1e-3 * expected.norm())
 
 

@@ -15,7 +15,7 @@ from html import escape
 
 from minivllm.verify.records import Check, PointError, Report
 
-CELL_WIDTH, CELL_HEIGHT, LABEL_WIDTH = 30, 20, 46
+CELL_WIDTH, CELL_HEIGHT = 30, 20
 WIDTH, HEIGHT, MARGIN = 620, 260, 48
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #d9dee7; --page: #ffffff; --card: #f6f8fb;
@@ -71,8 +71,9 @@ def _layers_in_words(layers: list[int]) -> str:
 
 def _table(checks: Iterable[Check]) -> str:
     rows = [
-        f'<tr><td>{escape(check.section)}</td><td>{escape(check.name)}</td><td class="{check.status.replace(" ", "-")}">'
-        f'{check.status}</td><td class="num">{escape(check.value)}</td><td class="num">{escape(check.limit)}</td>'
+        f"<tr><td>{escape(check.section)}</td><td>{escape(check.name)}</td>"
+        f'<td class="{check.status.replace(" ", "-")}">{check.status}</td>'
+        f'<td class="num">{escape(check.value)}</td><td class="num">{escape(check.limit)}</td>'
         f'<td class="detail">{escape(check.detail)}</td></tr>'
         for check in checks
     ]
@@ -126,10 +127,9 @@ def _heat_map(points: list[PointError]) -> str:
         where = f"{point.point}: own error {point.own:.2e} (tolerance {point.tolerance:.0e}), total {point.total:.2e}, "
         where += f"max {point.max_abs:.2e}, mean {point.mean_abs:.2e}, cosine {point.cosine:.6f}"
         mark = f'<circle cx="{x + 14}" cy="{y + 9}" r="3" fill="#fff"/>' if point.is_wrong else ""
-        cells.append(
-            f'<g><title>{escape(where)}</title><rect x="{x}" y="{y}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}"'
-            f' rx="3" fill="{_colour(_severity(point))}"/>{mark}</g>'
-        )
+        shape = f'x="{x}" y="{y}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" rx="3"'
+        box = f'<rect {shape} fill="{_colour(_severity(point))}"/>'
+        cells.append(f"<g><title>{escape(where)}</title>{box}{mark}</g>")
     names = [
         f'<text x="{label - 8}" y="{CELL_HEIGHT * (1 + i) + 13}" text-anchor="end">{escape(name)}</text>'
         for i, name in enumerate(components)

@@ -12,8 +12,14 @@ import sys
 from minivllm.verify.engines import Engines, generate
 from minivllm.verify.invariance import answers_of
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """One request of invariance.py."""
     request = json.load(sys.stdin)
     engine = Engines(request["model"], request["max_model_len"]).start(impl="triton")
     outputs = generate(engine, request["prompts"], max_tokens=request["max_tokens"], logprobs=2, detokenize=False)
     print(json.dumps(answers_of(outputs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -125,9 +125,9 @@ class Server:
         body = {"model": self.model, "prompt": text, "max_tokens": 1, "return_token_ids": True}
         return self._ids("/completions", body)
 
-    def chat_ids(self, chat: list[dict[str, str]]) -> tuple[list[int] | None, int | None]:
+    def chat_ids(self, chat: Sequence[dict[str, str]]) -> tuple[list[int] | None, int | None]:
         """The same of a conversation."""
-        body = {"model": self.model, "messages": chat, "max_tokens": 1, "return_token_ids": True}
+        body = {"model": self.model, "messages": list(chat), "max_tokens": 1, "return_token_ids": True}
         return self._ids("/chat/completions", body)
 
     def _ids(self, path: str, body: dict[str, Any]) -> tuple[list[int] | None, int | None]:
@@ -269,9 +269,8 @@ def verify_server(
     if tokenizer is not None:
         report.checks += _check_ids(server, tokenizer)
     say("log-probabilities and greedy runs")
-    prompts = prompts_of(
-        tokenizer, facts.model_config.vocab_size, min(MAX_MODEL_LEN, facts.model_config.max_model_len) // 2
-    )
+    room = min(MAX_MODEL_LEN, facts.model_config.max_model_len) // 2
+    prompts = prompts_of(tokenizer, facts.model_config.vocab_size, room)
     compare_sides(Local(reference, tokenizer), server, prompts, max_tokens, LIMITS[server_dtype], report)
     return report
 
