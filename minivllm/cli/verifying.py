@@ -5,6 +5,7 @@ Knows no comparison (minivllm/verify does). Called by cli/__init__.py. Twin in v
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,9 +94,9 @@ def diff(
     _deliver(report, html, junit, json_file, as_json)
 
 
-def _check_dtype(name: str, known: object) -> None:
-    if name not in known:  # type: ignore[operator]
-        raise typer.BadParameter(f"--server-dtype must be one of {', '.join(known)}, got {name!r}")  # type: ignore[attr-defined]
+def _check_dtype(name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise typer.BadParameter(f"--server-dtype must be one of {', '.join(known)}, got {name!r}")
 
 
 def _deliver(report: Report, html: Path | None, junit: Path | None, json_file: Path | None, as_json: bool) -> None:

@@ -251,7 +251,9 @@ def _distribution(
     prompt: list[int],
 ) -> tuple[torch.Tensor, float]:
     """(probabilities [vocab_size] after transformers' processors, how near a token is to the edge of what is kept)."""
-    ids, scores, margin = torch.tensor([prompt]), logits[None].clone(), 1.0
+    ids: Any = torch.tensor([prompt])
+    scores: Any = logits[None].clone()
+    margin = 1.0
     if "repetition_penalty" in settings:
         scores = hf.RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"])(ids, scores)
     scores = scores.double() / settings["temperature"]

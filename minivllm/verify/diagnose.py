@@ -282,7 +282,7 @@ def _attention(place: Place) -> Guess | None:
     rows = len(place.found())
 
     def attend(**changed: Any) -> torch.Tensor:  # [rows, num_heads * head_size]
-        settings = {"scale": scale, "window": window, "grouping": "blocks", "ahead": 0} | changed
+        settings: dict[str, Any] = {"scale": scale, "window": window, "grouping": "blocks", "ahead": 0} | changed
         return _attend(query, key, value, **settings)[-rows:]
 
     for other in (None, *(w for w in range(1, num_rows + 1) if w != window)):

@@ -13,6 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from minivllm.config import CacheConfig, SchedulerConfig
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -41,18 +42,14 @@ class Engines:
         return _around(self._plain, poison, options)
 
     def _load(self, **options: Any) -> LLMEngine:
-        defaults = {"dtype": "float32", "device": "cpu", "kv_cache_memory_bytes": CACHE_BYTES}
+        defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_cache_memory_bytes": CACHE_BYTES}
         return LLMEngine.from_model(self.model, max_model_len=self.max_model_len, **(defaults | options))
 
 
 def _around(engine: LLMEngine, poison: bool, options: dict[str, Any]) -> LLMEngine:
     """A new engine with the network and the tokenizer of another one."""
-    cache, scheduler = (
-        dataclasses.replace(
-            record, **{key: value for key, value in options.items() if key in record.__dataclass_fields__}
-        )
-        for record in (engine.config.cache, engine.config.scheduler)
-    )
+    cache: CacheConfig = _changed(engine.config.cache, options)
+    scheduler: SchedulerConfig = _changed(engine.config.scheduler, options)
     config = dataclasses.replace(engine.config, cache=cache, scheduler=scheduler)
     old = engine._executor
     executor = Executor(old.model, old.dtype, old.max_model_len, poison=poison, impl=old.impl)
@@ -60,6 +57,12 @@ def _around(engine: LLMEngine, poison: bool, options: dict[str, Any]) -> LLMEngi
     plan = plan_kv_cache(cache, executor.kv_cache_specs, old.dtype, executor.weight_bytes, max_tokens)
     executor.initialize_kv_cache(plan)
     return LLMEngine(config, executor, engine.tokenizer, plan)
+
+
+def _changed(record: Any, options: dict[str, Any]) -> Any:
+    """A frozen record with those of the options that are its fields."""
+    known = record.__dataclass_fields__
+    return dataclasses.replace(record, **{name: value for name, value in options.items() if name in known})
 
 
 def generate(engine: LLMEngine, prompts: list[list[int]], **params: Any) -> list[RequestOutput]:

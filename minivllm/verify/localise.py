@@ -144,7 +144,9 @@ def check_layers(
     A fault that the whole prompt shows is not told again for the cut one.
     options: of the engines. Raises ConfigError for what the model refuses.
     """
-    checks, points, findings = [], [], []
+    checks: list[Check] = []
+    points: list[PointError] = []
+    findings: list[Finding] = []
     scenarios = (("whole prompt", _whole_prompt), ("cut prompt", _cut_prompt))
     for name, run in scenarios if arithmetic == "float32" else scenarios[:1]:
         engine, traces = run(start, vocab_size, options)

@@ -80,7 +80,8 @@ class Reference:
             network = AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, **options)
             return cls(network, "transformers' GGUF reader")
         network = AutoModelForCausalLM.from_config(hf_config, **options)
-        state = {name: tensor.clone() for name, tensor in loader.iterate_weights(source, hf_config)}
+        weights = loader.iterate_weights(source, hf_config)
+        state = {name: tensor.clone() for name, tensor in weights if isinstance(tensor, torch.Tensor)}
         network.load_state_dict(state, strict=not hf_config.tie_word_embeddings)
         return cls(network, "minivllm's GGUF reader, as accelerate is not installed: weights are not verified")
 

@@ -195,8 +195,6 @@ def compare_sides(
 def _compare_scores(truth: Side, server: Side, prompts: Sequence[Prompt], limits: Limits, report: Report) -> None:
     differences: list[float] = []
     for index, prompt in enumerate(prompts):
-        if len(prompt) < 2:
-            continue
         expected, found = truth.score(prompt), server.score(prompt)
         for side, score in ((truth, expected), (server, found)):
             if score.logprobs is None:
@@ -209,6 +207,8 @@ def _compare_scores(truth: Side, server: Side, prompts: Sequence[Prompt], limits
             report.checks.append(Check("tokenizer", f"tokens of prompt {index}", FAIL, value))
             continue
         pairs = [(a, b) for a, b in zip(expected.logprobs, found.logprobs, strict=True) if a is not None]
+        if not pairs:  # a single token has no log-probability
+            continue
         deltas = [abs(a - b) if b is not None and math.isfinite(b) else math.inf for a, b in pairs]
         report.logprobs += [(a, math.nan if b is None else b) for a, b in pairs]
         differences += deltas
