@@ -15,7 +15,7 @@ from html import escape
 
 from minivllm.verify.records import Check, PointError, Report
 
-CELL_WIDTH, CELL_HEIGHT = 30, 20
+MAX_CELL_WIDTH, CELL_HEIGHT, MAP_WIDTH = 30, 20, 1060
 WIDTH, HEIGHT, MARGIN = 620, 260, 48
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #d9dee7; --page: #ffffff; --card: #f6f8fb;
@@ -30,11 +30,12 @@ h1 { font-size: 1.35rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .5
 .finding b { color: var(--fail); } .soft, figcaption { color: var(--soft); font-size: .88rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.num { font-variant-numeric: tabular-nums; white-space: nowrap; } td.detail { color: var(--soft); }
+td.num { font-variant-numeric: tabular-nums; min-width: 7rem; } td.detail { color: var(--soft); }
+.ok, .fail, .tie, .not-run { white-space: nowrap; }
 .ok { color: var(--ok); } .fail { color: var(--fail); font-weight: 600; } .tie { color: var(--tie); }
 .not-run, .note { color: var(--soft); }
 figure { margin: .5rem 0; overflow-x: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots { display: flex; flex-wrap: wrap; gap: 2rem; } .plots figure { flex: 0 1 min-content; }
 """
 
 
@@ -49,13 +50,15 @@ def page(report: Report) -> str:
         f'<span class="soft">Seen with {escape(finding.scenario)}.</span></div>'
         for finding in report.findings
     )
+    plots = [_depth(_shown(report.points))] if report.points else []
+    plots += [_scatter(report.logprobs)] if report.logprobs else []
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         f"<title>{escape(report.subject)}</title><style>{STYLE}</style>",
         f'<h1>{escape(report.subject)}</h1><p class="verdict {state}">{escape(report.verdict)}</p>',
         f"<h2>Where they part</h2>{findings}" if findings else "",
         f"<h2>Layers</h2>{_layer_plots(report.points)}" if report.points else "",
-        f"<h2>Prompt tokens</h2>{_scatter(report.logprobs)}" if report.logprobs else "",
+        f'<div class="plots">{"".join(plots)}</div>' if plots else "",
         f"<h2>Checks</h2>{_table(report.checks)}",
         f'<h2>Environment</h2><p class="soft">{environment}</p></html>',
     ]
@@ -82,8 +85,8 @@ def _table(checks: Iterable[Check]) -> str:
 
 
 # ------------------------------------------------------------------ plots
-def _layer_plots(points: list[PointError]) -> str:
-    """Of the scenario that shows most: the first one with a wrong point, else the first one."""
+def _shown(points: list[PointError]) -> list[PointError]:
+    """The worst of each point, of the scenario that shows most: the first one with a wrong point, else the first."""
     scenario = next((point.scenario for point in points if point.is_wrong), points[0].scenario)
     shown: dict[str, PointError] = {}
     for point in points:
@@ -91,10 +94,14 @@ def _layer_plots(points: list[PointError]) -> str:
         if point.scenario == scenario and not is_layer_before:
             worse = point.point not in shown or _severity(point) > _severity(shown[point.point])
             shown |= {point.point: point} if worse else {}
-    inside = [point for point in shown.values() if point.layer is not None]
-    outside = [f"{p.point}: {p.own:.1e}" for p in shown.values() if p.layer is None]
-    caption = f"Scenario: {escape(scenario)}. Beside the layers: {escape(', '.join(outside)) or 'nothing'}."
-    return f'{_heat_map(inside)}{_depth(inside)}<p class="soft">{caption}</p>'
+    return list(shown.values())
+
+
+def _layer_plots(points: list[PointError]) -> str:
+    shown = _shown(points)
+    outside = [f"{point.point} {point.own:.1e}" for point in shown if point.layer is None]
+    caption = f"Scenario: {shown[0].scenario}. Own errors beside the layers: {', '.join(outside) or 'none'}."
+    return f'{_heat_map([point for point in shown if point.layer is not None])}<p class="soft">{escape(caption)}</p>'
 
 
 def _severity(point: PointError) -> float:
@@ -119,15 +126,17 @@ def _heat_map(points: list[PointError]) -> str:
     components = list(dict.fromkeys(map(_component, points)))
     layers = sorted({point.layer for point in points if point.layer is not None})
     label = 8 * max(map(len, components), default=0) + 12
-    width, height = label + CELL_WIDTH * len(layers) + 10, CELL_HEIGHT * (len(components) + 1) + 6
+    cell = min(MAX_CELL_WIDTH, (MAP_WIDTH - label) // max(1, len(layers)))
+    step = 1 if cell >= 18 else 5  # numbers need room
+    width, height = label + cell * len(layers) + 10, CELL_HEIGHT * (len(components) + 1) + 6
     cells = []
     for point in points:
-        x = label + CELL_WIDTH * layers.index(point.layer or 0)
+        x = label + cell * layers.index(point.layer or 0)
         y = CELL_HEIGHT * (1 + components.index(_component(point)))
         where = f"{point.point}: own error {point.own:.2e} (tolerance {point.tolerance:.0e}), total {point.total:.2e}, "
         where += f"max {point.max_abs:.2e}, mean {point.mean_abs:.2e}, cosine {point.cosine:.6f}"
-        mark = f'<circle cx="{x + 14}" cy="{y + 9}" r="3" fill="#fff"/>' if point.is_wrong else ""
-        shape = f'x="{x}" y="{y}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" rx="3"'
+        mark = f'<circle cx="{x + (cell - 2) / 2}" cy="{y + 9}" r="3" fill="#fff"/>' if point.is_wrong else ""
+        shape = f'x="{x}" y="{y}" width="{cell - 2}" height="{CELL_HEIGHT - 2}" rx="3"'
         box = f'<rect {shape} fill="{_colour(_severity(point))}"/>'
         cells.append(f"<g><title>{escape(where)}</title>{box}{mark}</g>")
     names = [
@@ -135,8 +144,9 @@ def _heat_map(points: list[PointError]) -> str:
         for i, name in enumerate(components)
     ]
     numbers = [
-        f'<text x="{label + CELL_WIDTH * i + 14}" y="14" text-anchor="middle">{layer}</text>'
+        f'<text x="{label + cell * i + (cell - 2) / 2}" y="14" text-anchor="middle">{layer}</text>'
         for i, layer in enumerate(layers)
+        if layer % step == 0
     ]
     caption = "Own error of every part: each layer of transformers was given our layer's input. Green: within the "
     caption += "tolerance; red with a dot: over it. Columns are layers, rows follow the computation; hover for numbers."
@@ -146,6 +156,7 @@ def _heat_map(points: list[PointError]) -> str:
 
 def _depth(points: list[PointError]) -> str:
     """Two lines over the layers: the largest own error, and the total error of the layer's output."""
+    points = [point for point in points if point.layer is not None]
     layers = sorted({point.layer for point in points if point.layer is not None})
     own = [max(point.own for point in points if point.layer == layer) for layer in layers]
     total = [max(p.total for p in points if p.layer == layer and _component(p) == "output") for layer in layers]
