@@ -158,10 +158,10 @@ def check_answers(
         Check(section, "log-probabilities of the best 20", verdict(largest_delta <= LOGPROB_TOLERANCE),
               f"{largest_delta:.1e}", f"{LOGPROB_TOLERANCE:.0e}"),
     ]  # fmt: skip
-    checks += [
-        Check("greedy", f"prompt {i} ({len(prompts[i])} tokens)", status, detail, f"{max_tokens} equal tokens")
-        for i, (status, detail) in enumerate(runs)
-    ]
+    for index, (status, words) in enumerate(runs):
+        value, _, detail = words.partition(", then ")
+        name = f"prompt {index} ({len(prompts[index])} tokens)"
+        checks.append(Check("greedy", name, status, value, f"{max_tokens} equal tokens", detail))
     logprob_check, pairs = check_prompt_logprobs(engine, reference, prompts)
     return [*checks, *logprob_check, _check_text(engine, prompts, max_tokens)], pairs
 

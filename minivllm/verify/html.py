@@ -30,7 +30,7 @@ h1 { font-size: 1.35rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .5
 .finding b { color: var(--fail); } .soft, figcaption { color: var(--soft); font-size: .88rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.num { font-variant-numeric: tabular-nums; min-width: 7rem; } td.detail { color: var(--soft); }
+td.num { font-variant-numeric: tabular-nums; min-width: 8.6rem; } td.detail { color: var(--soft); }
 .ok, .fail, .tie, .not-run { white-space: nowrap; }
 .ok { color: var(--ok); } .fail { color: var(--fail); font-weight: 600; } .tie { color: var(--tie); }
 .not-run, .note { color: var(--soft); }

@@ -174,8 +174,8 @@ def check_layers(
                 token = _token_text(engine)
                 errors, found = find(name, observer, ours, reference, arithmetic, token, trust_cached=not findings)
                 checks.append(_as_check(name, errors, len(ours.token_ids), ours.first_row))
-                known = {(finding.kind, finding.component) for finding in findings}
-                findings += [finding for finding in found if (finding.kind, finding.component) not in known]
+                known = {finding.component for finding in findings}
+                findings += [finding for finding in found if finding.component not in known]
                 points += errors if not points or any(error.is_wrong for error in errors) else []
     return checks, points, findings
 

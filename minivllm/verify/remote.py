@@ -189,7 +189,8 @@ def compare_sides(
     for index, prompt in enumerate(prompts):
         found = server.run(prompt, max_tokens)
         status, words = _compare_runs(truth.run(prompt, max_tokens, found), found, limits)
-        report.checks.append(Check("greedy", f"prompt {index}", status, words, f"{max_tokens} equal tokens"))
+        value, _, detail = words.partition(", then ")
+        report.checks.append(Check("greedy", f"prompt {index}", status, value, f"{max_tokens} equal tokens", detail))
 
 
 def _compare_scores(truth: Side, server: Side, prompts: Sequence[Prompt], limits: Limits, report: Report) -> None:
