@@ -13,7 +13,9 @@ Knows no engine. Called by verify.py, remote.py. Twin in vLLM: HfRunner of tests
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -77,7 +79,10 @@ class Reference:
             network = AutoModelForCausalLM.from_pretrained(source.path, **options)
             return cls(network, "transformers")
         if importlib.util.find_spec("accelerate") is not None:
-            network = AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, **options)
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be switched off
+                network = AutoModelForCausalLM.from_pretrained(
+                    source.path.parent, gguf_file=source.path.name, **options
+                )
             return cls(network, "transformers' GGUF reader")
         network = AutoModelForCausalLM.from_config(hf_config, **options)
         weights = loader.iterate_weights(source, hf_config)
