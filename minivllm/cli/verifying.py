@@ -20,7 +20,7 @@ from minivllm.cli.terminal import print_json, stderr
 if TYPE_CHECKING:
     from minivllm.verify.records import Report
 
-COLOURS = (("ok", "green"), ("fail", "bold red"), ("tie", "yellow"), ("not run", "dim"), ("note", "dim"))
+COLOURS = (("ok", "green"), ("fail", "bold red"), ("tie", "yellow"), ("not run", "dim"))
 
 TokensOption = Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a greedy run.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")]

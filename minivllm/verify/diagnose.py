@@ -88,7 +88,7 @@ def _hypotheses_for(place: Place) -> Iterator[Callable[[Place], Guess | None]]:
         yield _attention
     elif place.name == "activation":
         yield _activation
-    elif place.name.endswith(("_proj", "lm_head", "c_attn", "dense")):
+    elif place.name.endswith(("_proj", "c_attn", "dense")):
         yield from (_shard, _product)
     elif "norm" in place.name or place.name == "ln_f":
         yield from (_residual_before_norm, _epsilon)

@@ -33,7 +33,7 @@ th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(-
 td.num { font-variant-numeric: tabular-nums; min-width: 8.6rem; } td.detail { color: var(--soft); }
 .ok, .fail, .tie, .not-run { white-space: nowrap; }
 .ok { color: var(--ok); } .fail { color: var(--fail); font-weight: 600; } .tie { color: var(--tie); }
-.not-run, .note { color: var(--soft); }
+.not-run { color: var(--soft); }
 figure { margin: .5rem 0; overflow-x: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .plots { display: flex; flex-wrap: wrap; gap: 2rem; } .plots figure { flex: 0 1 min-content; }
 """

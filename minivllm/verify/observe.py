@@ -5,7 +5,7 @@
 
 The request goes through the scheduler like any other, so chunks, prefix hits and decode steps are seen as they are.
 Torch's forward hooks are the only way in; names of points are those of transformers' modules (reference.py).
-Knows no transformers. Called by localise.py, behaviour.py, invariance.py. Twin in vLLM: none.
+Knows nothing of the other side. Called by localise.py, behaviour.py, invariance.py. Twin in vLLM: none.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 SCHEMA = "minivllm-verify/1"
-OK, FAIL, TIE, NOT_RUN, NOTE = "ok", "fail", "tie", "not run", "note"
+OK, FAIL, TIE, NOT_RUN = "ok", "fail", "tie", "not run"
 
 
 @dataclass(frozen=True)

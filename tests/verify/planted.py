@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from minivllm.core import block_hash
-from minivllm.models import layers, llama, loader
+from minivllm.models import layers, loader
+from minivllm.models.linear import FORMATS
 from minivllm.worker.input_batch import InputBatch
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -126,17 +127,10 @@ def no_bias(layer: Any) -> None:
 
 def weight_scale(layer: Any) -> None:
     """As a group of 32 columns whose scale was read wrongly."""
-
     linear = layer.mlp.down_proj
     weight = linear._format.product(torch.eye(linear.in_features), linear.weight, None).t().contiguous()
     weight[:, 32:64] *= 1.5
-    linear._set_weight(weight, layers_format("plain"))
-
-
-def layers_format(name: str) -> Any:
-    from minivllm.models.linear import FORMATS
-
-    return FORMATS[name]
+    linear._set_weight(weight, FORMATS["plain"])
 
 
 def int8_scale(layer: Any) -> None:
@@ -230,4 +224,3 @@ BUGS: Mapping[str, Bug] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-assert llama  # the module whose layers are changed
