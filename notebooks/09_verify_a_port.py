@@ -129,4 +129,4 @@ assert not repaired.failures and broken.findings[0].kind == "wrong rotary angle"
 
 # %% [markdown]
 # **Try it:** change `scale` of one layer's attention, drop a bias, swap `gate` and `up`. `tests/verify/planted.py` has
-# twenty such mistakes, each of which must be found in the right layer, in the right part, under its name.
+# over twenty such mistakes, each of which must be found in the right layer, in the right part, under its name.

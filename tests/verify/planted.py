@@ -176,6 +176,15 @@ def embedding_scale(model: Any) -> None:
     model.embed_scale = 1.0
 
 
+def final_norm(model: Any) -> None:
+    model.model.norm.weight *= torch.linspace(0.8, 1.2, model.hidden_size)
+
+
+def head_scale(model: Any) -> None:
+    logits = model.compute_logits
+    model.compute_logits = lambda hidden_states: 1.1 * logits(hidden_states)
+
+
 def activation(layer: Any) -> None:
     layer.mlp.activation = "gelu_tanh"
 
@@ -219,6 +228,8 @@ BUGS: Mapping[str, Bug] = MappingProxyType(
         ),
         "wrong activation": Bug("mistral", in_layer(0, activation), "wrong activation", "mlp.activation", (0,)),
         "embedding scale": Bug("gemma3", in_network(embedding_scale), "wrong scale", "embedding", (0,)),
+        "final norm": Bug("qwen3", in_network(final_norm), "wrong norm weight", "norm", ()),
+        "scale of the head": Bug("mistral", in_network(head_scale), "wrong scale", "logits", ()),
         "norm without its one": Bug(
             "gemma3", in_layer(3, gemma_norm), "wrong norm weight", "pre_feedforward_layernorm", (3,)
         ),
