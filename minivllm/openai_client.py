@@ -6,7 +6,8 @@
 
 Standard library only: whoever talks to a server needs neither torch nor an SDK. Closing the iterator, also by Ctrl-C,
 closes the connection, and the server stops computing. No proxy, no redirect, no second try: what fails is said.
-Knows no terminal. Called by cli/remote.py. Twin in vLLM: vllm/entrypoints/cli/openai.py (over the openai package).
+Knows no terminal. Called by cli/remote.py, verify/remote.py. Twin in vLLM: vllm/entrypoints/cli/openai.py (over the
+openai package).
 """
 
 from __future__ import annotations
@@ -75,6 +76,17 @@ class OpenAIClient:
                 return [str(entry["id"]) for entry in json.loads(response.read())["data"]]
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise RemoteError(f"{self.url}/models answers, but not as OpenAI's API does.") from None
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One answer as a whole, from a path behind /v1 such as "/completions". Raises RemoteError."""
+        with self._answer("POST", path, body) as response:
+            try:
+                found = json.loads(response.read())
+            except (ValueError, RecursionError):
+                found = None
+        if not isinstance(found, dict):
+            raise RemoteError(f"{self.url}{path} answers, but not with a JSON object.")
+        return found
 
     def chat(self, messages: list[dict[str, Any]], *, model: str, **fields: Any) -> Iterator[Piece]:
         """The answer to a conversation, piece by piece. fields: of the request's body. Raises RemoteError."""

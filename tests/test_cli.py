@@ -24,7 +24,7 @@ from tests.tolerances import UNIT_LENGTH_ATOL
 
 COMMANDS = (
     *("serve", "complete", "generate", "chat", "embed", "pull", "plan", "run-batch"),
-    *("bench", "explain", "replay"),
+    *("bench", "explain", "replay", "verify", "diff"),
 )
 SMALL = ("--kv-cache-memory-bytes", "400000")  # a pool of a few blocks: the commands start faster
 GREEDY = ("-t", "0", "--max-tokens", "5")

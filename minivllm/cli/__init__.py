@@ -1,11 +1,11 @@
-"""The command line: serve, chat, generate, embed, pull, plan, run-batch, bench, explain, replay, lab.
+"""The command line: serve, chat, generate, embed, pull, plan, run-batch, bench, explain, replay, verify, diff, lab.
 
     __init__.py      the table of commands, and what an error looks like
     serving.py       serve                      conversation.py  chat
     offline.py       generate, embed            batch.py         run-batch
     models.py        pull, plan                 bench.py         bench
     labs.py          lab list, start, check     tracing.py       explain, replay
-    options.py terminal.py                      what they share
+    verifying.py     verify, diff               options.py terminal.py  what they share
 
 Every command takes --json for a machine-readable answer on standard output; progress and messages go to standard
 error. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
@@ -34,6 +34,7 @@ from minivllm.cli.serving import serve
 from minivllm.cli.settings import SettingsCommand
 from minivllm.cli.terminal import stderr
 from minivllm.cli.tracing import explain, replay
+from minivllm.cli.verifying import diff, verify
 from minivllm.errors import MiniVLLMError
 from minivllm.version import __version__
 
@@ -84,6 +85,8 @@ for _name, _command in (
     ("bench", bench),
     ("explain", explain),
     ("replay", replay),
+    ("verify", verify),
+    ("diff", diff),
 ):
     app.command(_name, cls=SettingsCommand)(_command)
 app.add_typer(lab_commands(), name="lab")
