@@ -29,10 +29,10 @@ from minivllm.outputs import (
 )
 from minivllm.sample.beam_search import beam_search
 from minivllm.sampling_params import BeamSearchParams, SamplingParams
-from minivllm.worker.capture import Capture
-from minivllm.worker.hooks import Hook, HookFunction, Hooks
 from minivllm.trace.document import Trace
 from minivllm.trace.recorder import NUM_TOP, record
+from minivllm.worker.capture import Capture
+from minivllm.worker.hooks import Hook, HookFunction, Hooks
 
 Message = dict[str, Any]
 
