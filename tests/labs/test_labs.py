@@ -75,7 +75,8 @@ def test_examples_are_the_same_each_time(lab: Lab):
 
 # ------------------------------------------------------------------ wrong answers
 @pytest.mark.parametrize(
-    ("lab", "index"), [(lab, index) for lab in LABS for index in range(len(lab.mistakes))], ids=str
+    ("lab", "index"),
+    [pytest.param(lab, index, id=f"{lab.name}-{index}") for lab in LABS for index in range(len(lab.mistakes))],
 )
 def test_every_known_mistake_is_told_from_the_others(lab: Lab, index: int):
     verdict = check(lab, lab.wrong(lab.mistakes[index]))
