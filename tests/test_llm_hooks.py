@@ -238,6 +238,16 @@ def test_hooks_of_one_point_see_what_those_before_them_returned(llama: LLM) -> N
     assert set(seen) == {3.0}
 
 
+def test_each_of_two_hooks_sees_its_own_requests_of_one_batch(llama: LLM) -> None:
+    seen: list[tuple[str, int]] = []
+    with (
+        llama.hook("layers.0", lambda values, context: seen.append(("first", context.prompt_index)), prompts=[0, 2]),
+        llama.hook("layers.0", lambda values, context: seen.append(("second", context.prompt_index)), prompts=[2, 3]),
+    ):
+        answers(llama)
+    assert set(seen) == {("first", 0), ("first", 2), ("second", 2), ("second", 3)}
+
+
 # ------------------------------------------------------------------ the prefix cache, preemption, streams
 def test_a_captured_request_computes_every_position_although_its_prefix_is_cached(llama: LLM) -> None:
     plain = llama.generate(CROSSES_A_BLOCK, GREEDY, use_tqdm=False)[0]
@@ -256,6 +266,16 @@ def test_changed_keys_and_values_are_found_by_nobody(llama: LLM) -> None:
     assert again.num_cached_tokens == 0 and [again.outputs[0].token_ids] == steered
     after = llama.generate(CROSSES_A_BLOCK, GREEDY, use_tqdm=False)[0]
     assert after.num_cached_tokens == 0 and [after.outputs[0].token_ids] != steered
+
+
+def test_a_request_with_the_id_of_an_earlier_one_finds_none_of_its_blocks(llama: LLM) -> None:
+    engine = llama.llm_engine
+    with llama.capture("layers.0") as captured:
+        for _ in range(2):
+            engine.add_request(CROSSES_A_BLOCK, GREEDY, request_id="same")
+            while engine.has_unfinished_requests():
+                engine.step()
+    assert [p for record in captured.records for p in record.context.positions] == [*range(44), *range(44)]
 
 
 def test_a_preempted_request_is_captured_whole(tiny_model: Callable[[str], Path]) -> None:
@@ -320,6 +340,18 @@ def test_an_error_in_fn_ends_its_request_and_no_other(llama: LLM, fn: Any, messa
     assert answers(llama) == expected
 
 
+def test_fn_is_not_called_again_for_a_request_that_it_failed(llama: LLM) -> None:
+    calls: list[str] = []
+
+    def fail(values: torch.Tensor, context: HookContext) -> None:
+        calls.append(context.name)
+        raise RuntimeError("once")
+
+    with llama.hook("layers.*", fail), pytest.raises(ServerError, match="once"):
+        llama.generate(PROMPTS[1], GREEDY, use_tqdm=False)
+    assert calls == ["model.layers.0"]
+
+
 def test_a_module_that_has_no_row_per_token_is_named(tiny_model: Callable[[str], Path]) -> None:
     llm = loaded(tiny_model("mixtral"))
     with (
@@ -338,6 +370,5 @@ def test_without_hooks_no_module_has_one_and_nothing_is_remembered(llama: LLM) -
     with llama.capture("layers.*.mlp"):
         answers(llama)
         assert torch_hooks() == 3 and llama.llm_engine.hooks
-        answers(llama)  # its steps forget those that ended before
-        assert len(llama.llm_engine.hooks._attached) <= len(PROMPTS)
+        assert not llama.llm_engine.hooks._attached, "ended requests are forgotten"
     assert torch_hooks() == 0 and not llama.llm_engine.hooks and not llama.llm_engine.hooks._attached

@@ -173,10 +173,19 @@ class LLMEngine:
         child_ids, output = self.output_processor.abort_request(request_id)
         for child_id in child_ids:
             self.scheduler.finish_request(child_id)
+<<<<<<< HEAD
             self.structured_output.remove_request(child_id)
         if child_ids and self._watcher is not None:
             self._watcher.request_aborted(request_id)
+=======
+            self._forget(child_id)
+>>>>>>> h-hooks
         return [output] if output is not None else []
+
+    def _forget(self, sequence_id: str) -> None:
+        """It has ended: what others than scheduler and worker keep of it."""
+        self.structured_output.remove_request(sequence_id)
+        self.hooks.forget(sequence_id)
 
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests
@@ -239,10 +248,10 @@ class LLMEngine:
         processed = self.output_processor.process_outputs(outputs)
         for request_id in processed.stopped_request_ids:  # a stop string: only here is there text to find it in
             self.scheduler.finish_request(request_id, FinishReason.STOP)
-            self.structured_output.remove_request(request_id)
+            self._forget(request_id)
         for output in outputs:
             if output.finish_reason is not None:
-                self.structured_output.remove_request(output.request_id)
+                self._forget(output.request_id)
         return processed.request_outputs
 
     # ------------------------------------------------------------------ text

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -158,10 +158,9 @@ class Hooks:
             self._attached[sequence_id] = Attached(request_id, prompt_index, candidate, hooks)
         return bool(hooks)
 
-    def forget(self, sequence_ids: Iterable[str]) -> None:
-        """They have ended."""
-        for sequence_id in sequence_ids:
-            self._attached.pop(sequence_id, None)
+    def forget(self, sequence_id: str) -> None:
+        """It has ended, and a later one may have its id."""
+        self._attached.pop(sequence_id, None)
 
     # ------------------------------------------------------------------ one step
     def forward(

@@ -134,8 +134,6 @@ class ModelRunner:
     def _update_states(self, step: SchedulerOutput) -> None:
         for request_id in (*step.finished_req_ids, *step.preempted_req_ids):
             self.states.pop(request_id, None)
-        if self.hooks:
-            self.hooks.forget(step.finished_req_ids)
         for new in step.scheduled_new_reqs:
             self.states[new.request_id] = RequestState(new, self.max_model_len, self.block_size, self.model.vocab_size)
             self._poison(new.block_ids[new.num_computed_tokens // self.block_size :])
