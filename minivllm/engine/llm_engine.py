@@ -173,13 +173,9 @@ class LLMEngine:
         child_ids, output = self.output_processor.abort_request(request_id)
         for child_id in child_ids:
             self.scheduler.finish_request(child_id)
-<<<<<<< HEAD
-            self.structured_output.remove_request(child_id)
+            self._forget(child_id)
         if child_ids and self._watcher is not None:
             self._watcher.request_aborted(request_id)
-=======
-            self._forget(child_id)
->>>>>>> h-hooks
         return [output] if output is not None else []
 
     def _forget(self, sequence_id: str) -> None:
