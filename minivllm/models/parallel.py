@@ -10,9 +10,9 @@ So a rank's network is the model with fewer heads and a narrower MLP (`TensorPar
 models/llama.py build it as they build any other. What it lacks of the others comes from two sums in every layer, one
 behind the embedding, and the gathered logits: the row- and vocabulary-parallel classes of models/linear.py.
 
-Heads are dealt out with their key/value head, as evenly as whole ones go: rank r of n has key/value heads
-[r * num / n, (r + 1) * num / n). A rank with fewer of them gets more of the MLP, until all have the same number of
-weights. Every rank needs one.
+Key/value heads are dealt out with their queries, as evenly as whole ones go. Where there are more ranks than key/value
+heads, several ranks have the same one, and share its queries; so every rank needs at least one query head. A rank that
+has less of the attention gets more of the MLP, until all have as many weights.
 
 Knows no file, no process and no network. Called by: engine/llm_engine.py (through worker/parallel_executor.py),
 models/loader.py, models/linear.py. Twin in vLLM: vllm/model_executor/layers/linear.py (its weight loaders) and
@@ -22,6 +22,7 @@ vllm/distributed/utils.py.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -67,8 +68,8 @@ class TensorParallel:
     rank: int
     size: int
     collectives: Collectives = field(compare=False, repr=False)
-    num_heads: int
-    num_kv_heads: int
+    heads: tuple[range, ...]  # query heads, of every rank
+    kv_heads: tuple[range, ...]  # of every rank; two may have the same one
     queries: range  # rows of q_proj
     keys: range  # rows of k_proj and v_proj
     mlp: range  # of intermediate_size
@@ -79,29 +80,29 @@ class TensorParallel:
     def of(cls, hf_config: Any, rank: int, size: int, collectives: Collectives) -> TensorParallel:
         """The part of `rank`. Raises ConfigError where there is none for every rank."""
         check_size(hf_config, size)
-        num_kv_heads, head_size = hf_config.num_key_value_heads, _head_size(hf_config)
-        group = hf_config.num_attention_heads // num_kv_heads  # queries that share a key/value head
-        kv_heads = range(rank * num_kv_heads // size, (rank + 1) * num_kv_heads // size)
+        head_size = _head_size(hf_config)
+        heads, kv_heads = zip(*(_heads_of(hf_config, number, size) for number in range(size)), strict=True)
         ends = [number * hf_config.vocab_size // size for number in range(size + 1)]
-        mlp_ends = [0, *_mlp_ends(hf_config, size)]
+        mlp_ends = _mlp_ends(hf_config, heads, kv_heads)
         return cls(
             rank=rank,
             size=size,
             collectives=collectives,
-            num_heads=len(kv_heads) * group,
-            num_kv_heads=len(kv_heads),
-            queries=range(kv_heads.start * group * head_size, kv_heads.stop * group * head_size),
-            keys=range(kv_heads.start * head_size, kv_heads.stop * head_size),
+            heads=heads,
+            kv_heads=kv_heads,
+            queries=range(heads[rank].start * head_size, heads[rank].stop * head_size),
+            keys=range(kv_heads[rank].start * head_size, kv_heads[rank].stop * head_size),
             mlp=range(mlp_ends[rank], mlp_ends[rank + 1]),
             vocab=range(ends[rank], ends[rank + 1]),
-            vocab_widths=tuple(end - start for start, end in zip(ends, ends[1:], strict=False)),
+            vocab_widths=tuple(end - start for start, end in itertools.pairwise(ends)),
         )
 
     def narrow(self, hf_config: Any) -> Any:
         """The configuration of this rank's network: its own heads, its own width of the MLP."""
         config = copy.deepcopy(hf_config)
         config.head_dim = _head_size(hf_config)  # no longer hidden_size / num_attention_heads
-        config.num_attention_heads, config.num_key_value_heads = self.num_heads, self.num_kv_heads
+        config.num_attention_heads = len(self.heads[self.rank])
+        config.num_key_value_heads = len(self.kv_heads[self.rank])
         config.intermediate_size = len(self.mlp)
         return config
 
@@ -121,7 +122,7 @@ class TensorParallel:
 def check_size(hf_config: Any, size: int) -> None:
     """Raise ConfigError naming the numbers where a model cannot be cut into `size` parts."""
     limits = {
-        "key/value heads": hf_config.num_key_value_heads,
+        "attention heads": hf_config.num_attention_heads,
         "columns of the MLP": hf_config.intermediate_size,
         "tokens in the vocabulary": hf_config.vocab_size,
     }
@@ -149,15 +150,28 @@ def _head_size(hf_config: Any) -> int:
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
-def _mlp_ends(hf_config: Any, size: int) -> list[int]:
-    """Where the MLP's parts end, so that attention and MLP of every rank have the same number of weights together."""
-    num_kv_heads, width = hf_config.num_key_value_heads, hf_config.intermediate_size
-    attention = 2 * _head_size(hf_config) * (hf_config.num_attention_heads + num_kv_heads)  # times hidden_size
-    mlp = 3 * width  # times hidden_size
+def _heads_of(hf_config: Any, rank: int, size: int) -> tuple[range, range]:
+    """Query heads and key/value heads of a rank. All of its key/value heads have as many queries."""
+    num_kv_heads = hf_config.num_key_value_heads
+    group = hf_config.num_attention_heads // num_kv_heads  # queries of a key/value head
+    first = rank * num_kv_heads // size
+    if size <= num_kv_heads:
+        kv_heads = range(first, (rank + 1) * num_kv_heads // size)
+        return range(kv_heads.start * group, kv_heads.stop * group), kv_heads
+    sharing = [other for other in range(size) if other * num_kv_heads // size == first]  # this key/value head
+    place = sharing.index(rank)
+    ends = [first * group + number * group // len(sharing) for number in (place, place + 1)]
+    return range(*ends), range(first, first + 1)
+
+
+def _mlp_ends(hf_config: Any, heads: Sequence[range], kv_heads: Sequence[range]) -> list[int]:
+    """Where the MLP's parts end, so that attention and MLP of every rank have as many weights together; 0 before."""
+    size, width = len(heads), hf_config.intermediate_size
+    attention = [2 * _head_size(hf_config) * (len(q) + len(kv)) for q, kv in zip(heads, kv_heads, strict=True)]
+    each = (sum(attention) + 3 * width) / size  # weights of a rank, in units of hidden_size
     unit = MLP_UNIT if width >= 2 * size * MLP_UNIT else 1
     ends = [0]
     for rank in range(1, size):
-        taken = attention * (rank * num_kv_heads // size) / num_kv_heads
-        end = unit * round(width * (rank / size * (attention + mlp) - taken) / mlp / unit)
+        end = unit * round((rank * each - sum(attention[:rank])) / 3 / unit)
         ends.append(min(max(end, ends[-1] + 1), width - (size - rank)))
-    return [*ends[1:], width]
+    return [*ends, width]

@@ -5,7 +5,7 @@
     execute_model(step)          every step
 
 This one runs in the caller's process, on one device: the only one to know whether that is a CPU (cpu.py) or a GPU
-(gpu.py). Knows no scheduler. Owned by engine/llm_engine.py.
+(gpu.py). parallel_executor.py does the same on several. Knows no scheduler. Owned by engine/llm_engine.py.
 Twin in vLLM: vllm/v1/executor/uniproc_executor.py.
 """
 
@@ -53,6 +53,8 @@ class Executor:
     enforce_eager: no CUDA graphs. impl: as the model's, for the sampler's kernels on a GPU.
     """
 
+    runner_class = ModelRunner
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -85,6 +87,14 @@ class Executor:
         keep_freed_memory()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether there may be another step."""
+        return True
+
+    def close(self) -> None:
+        """Give up what does not end by itself."""
+
+    @property
     def kv_cache_specs(self) -> Sequence[KVCacheSpec]:
         """Of all layers that keep something for a block id, the draft model's included."""
         specs: list[KVCacheSpec] = list(self.model.kv_cache_specs)
@@ -113,7 +123,7 @@ class Executor:
             )
         caches = self._allocate(self.model, plan)
         capture = gpu.cuda_capture() if self.device.type == "cuda" and not self.enforce_eager else None
-        self._runner = ModelRunner(
+        self._runner = self.runner_class(
             self.model,
             caches,
             plan.block_size,
