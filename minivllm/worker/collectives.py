@@ -83,7 +83,12 @@ class SharedMemoryCollectives:
                 piece.copy_(slot[: len(piece)])
         if self.rank > 0:
             return part
-        return torch.cat([whole.view(num_rows, -1) for whole in gathered], 1)
+        return torch.cat([whole.view(num_rows, width) for whole, width in zip(gathered, widths, strict=True)], 1)
+
+    def close(self) -> None:
+        """Leave: whoever waits for this rank gets an error."""
+        for stream in self._sockets.values():
+            stream.close()
 
     def _exchange(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Write the own values [n], wait for the others; every rank's slot, valid until the next but one exchange."""
@@ -149,6 +154,9 @@ class GroupCollectives:
         if parts is None:
             return part
         return torch.cat([rows[:, :width] for rows, width in zip(parts, widths, strict=True)], 1)
+
+    def close(self) -> None:
+        """The group is ranks.py's to end."""
 
 
 def gone(rank: int | None = None) -> EngineDeadError:

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from minivllm.errors import EngineDeadError, MiniVLLMError
 from minivllm.hub import resolve_model
@@ -28,13 +26,12 @@ from minivllm.models import loader
 from minivllm.models.linear import ModelOptions
 from minivllm.models.parallel import TensorParallel
 from minivllm.outputs import ModelRunnerOutput
-from minivllm.worker.collectives import SharedMemoryCollectives
 from minivllm.worker.executor import Executor
 from minivllm.worker.gpu import MemorySnapshot
 from minivllm.worker.input_batch import InputBatch, RequestState
 from minivllm.worker.kv_cache import KVCachePlan
 from minivllm.worker.model_runner import PROMPT_LOGPROBS_ROWS, GrammarBitmask, ModelRunner
-from minivllm.worker.ranks import Ranks, local_rank, started_key
+from minivllm.worker.ranks import Ranks, join, local_rank
 from minivllm.worker.step_message import read_step
 
 
@@ -122,17 +119,8 @@ def _load(ranks: Ranks, device: torch.device, message: dict[str, Any]) -> Follow
 
 
 def main(arguments: list[str]) -> int:
-    """arguments: device type, rank, size, port of the store, descriptor of the memory, and RANK:DESCRIPTOR of sockets.
-
-    Returns the exit code.
-    """
-    device_type, *numbers = arguments[:5]
-    rank, size, port, memory = (int(number) for number in numbers)
-    sockets = {int(peer): socket.socket(fileno=int(file)) for peer, _, file in (a.partition(":") for a in arguments[5:])}
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
-    store.set(started_key(rank), "")
-    collectives = SharedMemoryCollectives(rank, memory, sockets) if device_type != "cuda" else None
-    return follow_rank_0(Ranks(rank, size, device_type, store=store, collectives=collectives), device_type)
+    """arguments: as ranks.join takes them. Returns the exit code."""
+    return follow_rank_0(join(arguments), arguments[0])
 
 
 def follow_rank_0(ranks: Ranks, device_type: str) -> int:

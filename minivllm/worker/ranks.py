@@ -18,6 +18,7 @@ MessageQueue in vllm/v1/executor/multiproc_executor.py.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import socket
@@ -32,7 +33,6 @@ import torch
 import torch.distributed as dist
 
 from minivllm.errors import ConfigError, EngineDeadError
-from minivllm.models.parallel import Collectives
 from minivllm.worker.collectives import (
     PATIENCE_SECONDS,
     GroupCollectives,
@@ -60,7 +60,7 @@ class Ranks:
         device_type: str,
         *,
         store: dist.Store | None = None,
-        collectives: Collectives | None = None,
+        collectives: SharedMemoryCollectives | None = None,
         processes: Mapping[int, subprocess.Popen[bytes]] | None = None,
     ):
         self.rank, self.size = rank, size
@@ -126,11 +126,14 @@ class Ranks:
             except EngineDeadError:
                 pass
             self._close()
+            self.collectives.close()
             dist.destroy_process_group()
 
 
-def connect(size: int, device_type: str) -> Ranks:
+def connect(size: int, device_type: str, *, share_memory: bool = True) -> Ranks:
     """This process's place among `size` ranks: 0 of those it starts now, or what RANK says.
+
+    share_memory: between CPUs, where this process starts the others.
 
     Raises ConfigError where they cannot be started or do not fit.
     """
@@ -143,7 +146,7 @@ def connect(size: int, device_type: str) -> Ranks:
         return Ranks(rank, size, device_type)
     if device_type == "cuda" and size > torch.cuda.device_count():
         raise _refused(size, f"this machine has {torch.cuda.device_count()} GPUs, and every rank needs one")
-    return _start(size, device_type)
+    return _start(size, device_type, share_memory and device_type != "cuda")
 
 
 def local_rank() -> int:
@@ -161,36 +164,32 @@ def _refused(size: int, why: str) -> ConfigError:
 
 
 # ------------------------------------------------------------------ starting and ending processes
-def _start(size: int, device_type: str) -> Ranks:
+def _start(size: int, device_type: str, share_memory: bool) -> Ranks:
     """Ranks 1 .. size - 1 as processes of this machine, each with its share of the threads."""
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
     num_threads = max(1, torch.get_num_threads() // size)
+    torch.set_num_threads(num_threads)
     memory = os.memfd_create("minivllm-ranks")  # of no file system: a container's /dev/shm may be small
     os.ftruncate(memory, shared_bytes(size))
-    sockets: dict[int, dict[int, socket.socket]] = {rank: {} for rank in range(size)}
-    for low in range(size):
-        for high in range(low + 1, size):
-            sockets[low][high], sockets[high][low] = socket.socketpair()
-    processes = {}
-    for rank in range(1, size):
-        files = [memory, *(stream.fileno() for stream in sockets[rank].values())]
-        peers = [f"{peer}:{stream.fileno()}" for peer, stream in sockets[rank].items()]
-        numbers = [str(number) for number in (rank, size, store.port, memory)]
-        processes[rank] = subprocess.Popen(
-            [sys.executable, "-m", "minivllm.worker.rank_process", device_type, *numbers, *peers],
-            env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
-            pass_fds=files,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for rank 0, which may still let answers end
-        )
-        for stream in sockets[rank].values():
-            stream.close()  # the process has it: when it ends, nobody keeps it open
-    torch.set_num_threads(num_threads)
+    sockets: dict[int, dict[int, socket.socket]] = {rank: {} for rank in range(size)}  # of each rank, to each other
+    for low, high in itertools.combinations(range(size) if share_memory else (), 2):
+        sockets[low][high], sockets[high][low] = socket.socketpair()
+    processes: dict[int, subprocess.Popen[bytes]] = {}
     try:
+        for rank in range(1, size):
+            numbers = [str(number) for number in (rank, size, store.port, memory)]
+            processes[rank] = subprocess.Popen(
+                [sys.executable, "-m", "minivllm.worker.rank_process", device_type, *numbers]
+                + [f"{peer}:{stream.fileno()}" for peer, stream in sockets[rank].items()],
+                env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
+                pass_fds=[memory, *(stream.fileno() for stream in sockets[rank].values())],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for rank 0, which may still let answers end
+            )
+            for stream in sockets[rank].values():
+                stream.close()  # the process has it: when it ends, nobody keeps it open
         _wait_for_the_start(store, processes)
-        collectives = None
-        if device_type != "cuda":
-            collectives = SharedMemoryCollectives(0, memory, sockets[0])
+        collectives = SharedMemoryCollectives(0, memory, sockets[0]) if share_memory else None
         return Ranks(0, size, device_type, store=store, collectives=collectives, processes=processes)
     except BaseException:
         _end(processes)
@@ -199,14 +198,26 @@ def _start(size: int, device_type: str) -> Ranks:
         os.close(memory)  # mapped by now
 
 
-def started_key(rank: int) -> str:
-    """In the store, of a rank that has come as far."""
+def join(arguments: list[str]) -> Ranks:
+    """The other end of `_start`: device type, rank, size, port, descriptor of the memory, and RANK:DESCRIPTOR of each
+    socket, none where nothing is shared."""
+    device_type, *numbers = arguments[:5]
+    rank, size, port, memory = (int(number) for number in numbers)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
+    store.set(_started_key(rank), "")
+    files = {int(peer): int(file) for peer, _, file in (argument.partition(":") for argument in arguments[5:])}
+    sockets = {peer: socket.socket(fileno=file) for peer, file in files.items()}
+    collectives = SharedMemoryCollectives(rank, memory, sockets) if sockets else None
+    return Ranks(rank, size, device_type, store=store, collectives=collectives)
+
+
+def _started_key(rank: int) -> str:
     return f"started/{rank}"
 
 
 def _wait_for_the_start(store: dist.Store, processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not store.check([started_key(rank) for rank in processes]):
+    while not store.check([_started_key(rank) for rank in processes]):
         ended = [rank for rank, process in processes.items() if process.poll() is not None]
         if ended or time.monotonic() > deadline:
             why = f"rank {ended[0]} ended at once, its message is above" if ended else "not all processes have started"
