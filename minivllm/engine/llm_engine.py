@@ -373,9 +373,7 @@ class LLMEngine:
             executor: Executor = ParallelExecutor.load(tensor_parallel_size, *model_of, show_progress=show_progress)
         else:
             loaded = loader.load_model(facts.source, facts.hf_config, model_options, show_progress=show_progress)
-            executor = Executor(
-                loaded, facts.dtype, max_len, draft_model=draft_model, device=torch_device, **settings
-            )
+            executor = Executor(loaded, facts.dtype, max_len, draft_model=draft_model, device=torch_device, **settings)
         plan = plan_kv_cache(
             cache_config,
             executor.kv_cache_specs,

@@ -43,7 +43,7 @@ from minivllm.worker.collectives import (
 
 START_SECONDS = 120.0  # for every process to import torch and to call back
 STOP_SECONDS = 5.0
-_FOREVER = datetime.timedelta(days=24)  # between two calls there may be no request; gloo counts milliseconds in 32 bits
+IDLE_DAYS = 24  # between two calls, while there is no request; gloo counts milliseconds in 32 bits
 _LENGTH_BYTES, _FIRST_BYTES = 8, 4096  # most calls are one message of this size
 
 
@@ -72,7 +72,7 @@ class Ranks:
             world_size=size if store is not None else -1,
             timeout=datetime.timedelta(seconds=PATIENCE_SECONDS),
         )
-        self._calls = dist.new_group(backend="gloo", timeout=_FOREVER)
+        self._calls = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=IDLE_DAYS))
         self.collectives = collectives or GroupCollectives(rank, size)
         self._close = weakref.finalize(self, _end, self.processes)
 

@@ -178,7 +178,7 @@ def test_a_use_of_torch_distributed_without_an_import_of_its_own_is_found():
     source = "import torch\ndef f(x):\n    torch.distributed.all_reduce(x)"
     (complaint,) = away_from_home([module("minivllm.models.layers", source)])
     assert complaint.startswith("minivllm/models/layers.py:3: torch.distributed is at home in ")
-    assert away_from_home([module("minivllm.models.linear", source)]) == []
+    assert away_from_home([module("minivllm.worker.collectives", source)]) == []
     assert away_from_home([module("minivllm.models.layers", "import torch\ntorch.distribution_of(1)")]) == []
 
 

@@ -70,17 +70,17 @@ def test_every_number_belongs_to_one_rank(heads: tuple[int, int], size: int):
 
 def test_key_value_heads_stay_whole_and_the_mlp_makes_up_for_it():
     first, second = parts_of(numbers(9, 3), 2)  # SmolLM2-135M
-    assert (first.heads, first.kv_heads) == ((range(0, 3), range(3, 9)), (range(0, 1), range(1, 3)))
-    assert (first.mlp, second.mlp) == (range(0, 832), range(832, 1536))
+    assert (first.heads, first.kv_heads) == ((range(3), range(3, 9)), (range(1), range(1, 3)))
+    assert (first.mlp, second.mlp) == (range(832), range(832, 1536))
     weights = [2 * 64 * (len(p.heads[p.rank]) + len(p.kv_heads[p.rank])) + 3 * len(p.mlp) for p in (first, second)]
     assert max(weights) < 1.05 * min(weights)
-    assert [part.mlp for part in parts_of(numbers(8, 2), 2)] == [range(0, 768), range(768, 1536)]
+    assert [part.mlp for part in parts_of(numbers(8, 2), 2)] == [range(768), range(768, 1536)]
 
 
 def test_more_ranks_than_key_value_heads_have_copies_of_them():
     parts = parts_of(numbers(8, 2), 4)
-    assert parts[0].kv_heads == (range(0, 1), range(0, 1), range(1, 2), range(1, 2))
-    assert parts[0].heads == (range(0, 2), range(2, 4), range(4, 6), range(6, 8))
+    assert parts[0].kv_heads == (range(1), range(1), range(1, 2), range(1, 2))
+    assert parts[0].heads == (range(2), range(2, 4), range(4, 6), range(6, 8))
 
 
 def test_a_model_with_too_few_heads_is_refused_with_the_number():

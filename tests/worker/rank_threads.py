@@ -25,7 +25,7 @@ def connected(size: int) -> list[SharedMemoryCollectives]:
 
 
 def on_ranks(size: int, function: Callable[[int, SharedMemoryCollectives], Any]) -> list[Any]:
-    """What function(rank, collectives) returns on each of `size` ranks, or the first exception. One that fails leaves."""
+    """What function(rank, collectives) returns on each of `size` ranks, or an exception. Who fails leaves."""
     results: list[Any] = [None] * size
     errors: dict[int, BaseException] = {}
 

@@ -1,4 +1,4 @@
-"""Sums and gathers over ranks that share memory: every shape, every rank the same bits, and nobody waits for the dead."""
+"""Sums and gathers over ranks that share memory: every shape, the same bits on all, and nobody waits for the dead."""
 
 from __future__ import annotations
 
