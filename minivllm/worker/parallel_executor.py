@@ -130,9 +130,10 @@ class ParallelExecutor(Executor):
         try:
             self.ranks.tell("step", **write_step(step), drawn=self._drawn)
             result = super().execute_model(step, grammar_bitmask)
-        except EngineDeadError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            self.ranks.give_up()
+            if isinstance(error, EngineDeadError) or not isinstance(error, Exception):
+                raise
             raise EngineDeadError(f"a step failed on rank 0 ({type(error).__name__}), the other ranks wait") from error
         self._drawn = result.sampled_token_ids
         return result

@@ -74,11 +74,12 @@ class Ranks:
         )
         self._calls = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=IDLE_DAYS))
         self.collectives = collectives or GroupCollectives(rank, size)
+        self._is_in_step = True
         self._close = weakref.finalize(self, _end, self.processes)
 
     @property
     def is_alive(self) -> bool:
-        return all(process.poll() is None for process in self.processes.values())
+        return self._is_in_step and all(process.poll() is None for process in self.processes.values())
 
     def tell(self, call: str, **arguments: Any) -> None:
         """Rank 0: have the others make this call. Then make it too: they wait for this rank's part."""
@@ -115,6 +116,11 @@ class Ranks:
         except RuntimeError as error:
             raise gone() from error
         return [numbers.tolist() for numbers in found or []]
+
+    def give_up(self) -> None:
+        """After an error: nobody knows who waits for whom, and no call would be heard."""
+        self._is_in_step = False
+        _end(self.processes)
 
     def close(self) -> None:
         """Rank 0: have the others end; who does not is killed."""
@@ -193,6 +199,9 @@ def _start(size: int, device_type: str, share_memory: bool) -> Ranks:
         return Ranks(0, size, device_type, store=store, collectives=collectives, processes=processes)
     except BaseException:
         _end(processes)
+        for own in sockets.values():
+            for stream in own.values():
+                stream.close()
         raise
     finally:
         os.close(memory)  # mapped by now
