@@ -18,6 +18,7 @@ Knows no model. Twin in vLLM: vllm/distributed/parallel_state.py and csrc/cpu/sh
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import select
@@ -73,17 +74,23 @@ class SharedMemoryCollectives:
 
     def gather(self, part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
         """part: [num_rows, widths[rank]] -> on rank 0 [num_rows, sum(widths)]. Raises EngineDeadError."""
-        num_rows, per_slot = len(part), SLOT_BYTES // part.itemsize
-        values = part.flatten()
-        gathered = [part.new_empty(num_rows * width if self.rank == 0 else 0) for width in widths]
-        for start in range(0, num_rows * max(widths), per_slot):
-            slots = self._exchange(values[start : start + per_slot])
-            for whole, slot in zip(gathered, slots, strict=True):
-                piece = whole[start : start + per_slot]
-                piece.copy_(slot[: len(piece)])
-        if self.rank > 0:
-            return part
-        return torch.cat([whole.view(num_rows, width) for whole, width in zip(gathered, widths, strict=True)], 1)
+        per_slot = SLOT_BYTES // part.itemsize
+        rows_at_once = max(1, per_slot // max(widths))
+        ends = list(itertools.accumulate(widths))
+        whole = part.new_empty(len(part) if self.rank == 0 else 0, ends[-1])
+        if self.rank == 0:
+            whole[:, : widths[0]] = part
+        for row in range(0, len(part), rows_at_once):
+            for column in range(0, max(widths), per_slot):
+                rows = part[row : row + rows_at_once]
+                slots = self._exchange(
+                    rows[:, column : column + per_slot].flatten() if self.rank else part.new_empty(0)
+                )
+                if self.rank == 0:
+                    for rank in range(1, self.size):
+                        place = whole[row : row + rows_at_once, ends[rank - 1] + column : ends[rank]][:, :per_slot]
+                        place.copy_(slots[rank][: place.numel()].view(place.shape))
+        return part if self.rank else whole
 
     def close(self) -> None:
         """Leave: whoever waits for this rank gets an error."""
