@@ -357,7 +357,7 @@ class LLMEngine:
             draft_model = loader.load_model(
                 draft_facts.source, draft_facts.hf_config, draft_options, show_progress=show_progress
             )
-        settings = {  # plain values, which other ranks get as JSON
+        settings: dict[str, Any] = {  # plain values, which other ranks get as JSON
             "pooling_type": facts.sentence_config.pooling_type,
             "causal": not is_encoder,
             "batch_invariant": batch_invariant,
