@@ -47,8 +47,8 @@ CUTS: Mapping[str, tuple[int, str]] = MappingProxyType(
     }
 )
 MLP_UNIT = 64  # columns; packed weights are stored in tiles of so many
-# Attention reads its cache as products read their weights, and a value costs about the same: in a step of 32 requests of
-# 190 tokens (SmolLM2-135M, two threads) attention takes 13 ms and the products 26. Balanced is a cache of this size.
+# Attention reads its cache as products read their weights, and a value costs about the same: in a step of 32 requests
+# of W32 (SmolLM2-135M, two threads) attention takes 13 ms and the products 26. Balanced is a cache of so many tokens.
 BALANCED_TOKENS = 4096
 
 
