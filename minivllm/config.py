@@ -6,7 +6,7 @@
     ├── SchedulerConfig   how much work goes into one step
     ├── SpeculativeConfig who guesses tokens ahead, or None
     └── DeviceConfig      on which device
-    ParallelConfig        over how many devices: one
+    ParallelConfig        over how many devices
 
 Nothing is changed after construction. The records know no torch and read no file: engine/llm_engine.py
 fills them from the model, cli/ and llm.py from the user. Twin in vLLM: vllm/config/.
@@ -26,6 +26,7 @@ SCHEDULING_POLICIES = ("fcfs", "priority")
 # What weights become on loading; gguf: what they are in the file; +bf16: and bfloat16, for steps of many tokens.
 QUANTIZATIONS = ("int8", "int4", "gguf", "int4+bf16", "gguf+bf16")
 GENERATION_CONFIGS = ("auto", "vllm")  # the model's own sampling defaults, or none
+EXECUTOR_BACKENDS = ("mp",)  # processes of this machine, or of torchrun
 SPECULATIVE_METHODS = ("ngram", "draft_model")
 DEFAULT_CPU_SHARE, DEFAULT_GPU_SHARE = 0.25, 0.92  # gpu_memory_utilization: a GPU is nobody else's
 DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is asked for, not stumbled into
@@ -205,23 +206,35 @@ class SpeculativeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """Over how many devices a model is spread. More than one is not built: better said than ignored."""
+    """Over how many devices a model is spread: tensor_parallel_size ranks, each with a part of every layer.
+
+    The other two are not built: better said than ignored.
+    """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    distributed_executor_backend: str = "mp"  # who starts the ranks
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        _check_int("tensor_parallel_size", self.tensor_parallel_size, 1, 1024)
+        for name in ("pipeline_parallel_size", "data_parallel_size"):
             value = getattr(self, name)
             _check_int(name, value, 1)
             if value > 1:
                 raise ConfigError(
-                    f"{name} must be 1, got {value}: one engine computes on one device, more is not built yet. Set it "
-                    "to 1 and choose a model that fits the device (`minivllm plan MODEL` says whether it does); for "
-                    "more requests at once start several servers behind a load balancer.",
+                    f"{name} must be 1, got {value}: more is not built. Set it to 1; tensor_parallel_size spreads a "
+                    "model over several devices, and for more requests at once start several servers behind a load "
+                    "balancer.",
                     parameter=name,
                 )
+        if self.distributed_executor_backend == "ray":
+            raise ConfigError(
+                "distributed_executor_backend must be mp, got 'ray': ranks on Ray are not built. For several machines "
+                "start the ranks with torchrun (docs/parallel.md).",
+                parameter="distributed_executor_backend",
+            )
+        _check_choice("distributed_executor_backend", self.distributed_executor_backend, EXECUTOR_BACKENDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,8 @@ class LLM:
         enforce_eager: on a GPU, no CUDA graphs: slower steps, a faster start.
         speculative_config: guess tokens ahead, to be faster: {"method": "ngram", "num_speculative_tokens": 6}, or
             {"method": "draft_model", "model": "a smaller one", ...}; all fields: config.SpeculativeConfig.
-        tensor_parallel_size: must be 1; one engine computes on one device.
+        tensor_parallel_size: this many devices compute one model, each with a part of it: docs/parallel.md.
+        distributed_executor_backend: who starts their processes: "mp", this one.
         quantization: None: weights in dtype. "int8", "int4": rounded to so many bits. "gguf": a .gguf file's weights of
             4 and 8 bits as they are. Faster for a few requests at a time, not the same numbers, and less memory;
             "int4+bf16", "gguf+bf16": more memory, and as fast as without for many requests.
@@ -91,6 +92,7 @@ class LLM:
         impl: str = "auto",
         speculative_config: dict[str, Any] | None = None,
         tensor_parallel_size: int = 1,
+        distributed_executor_backend: str = "mp",
         quantization: str | None = None,
         generation_config: str = "auto",
         chat_template: str | Path | None = None,
@@ -122,6 +124,7 @@ class LLM:
             enforce_eager=enforce_eager,
             speculative_config=speculative_config,
             tensor_parallel_size=tensor_parallel_size,
+            distributed_executor_backend=distributed_executor_backend,
             quantization=quantization,
             generation_config=generation_config,
             chat_template=chat_template,

@@ -226,7 +226,7 @@ def test_the_examples_read_the_key_from_the_variable_that_has_it(monkeypatch: py
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("-tp", "2"), 1, "tensor_parallel_size must be 1, got 2: one engine computes on one device"),
+        (("--distributed-executor-backend", "ray"), 1, "distributed_executor_backend must be mp, got 'ray'"),
         (("--pipeline-parallel-size", "2"), 1, "pipeline_parallel_size must be 1, got 2"),
         (("--data-parallel-size", "2"), 1, "data_parallel_size must be 1, got 2"),
         (("-tp", "0"), 1, "tensor_parallel_size must be an integer in [1, "),
@@ -324,8 +324,8 @@ def test_a_chat_template_that_is_no_text(tiny_model: Callable[[str], Path], tmp_
 
 def test_one_device_and_no_quantisation_may_be_said(tiny_model: Callable[[str], Path]):
     LLM(tiny_model("llama"), **SMALL, tensor_parallel_size=1, quantization="none")
-    with pytest.raises(ConfigError, match="tensor_parallel_size must be 1, got 2"):
-        LLM(tiny_model("llama"), **SMALL, tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="tensor_parallel_size must be an integer in .1, 1024., got 0"):
+        LLM(tiny_model("llama"), **SMALL, tensor_parallel_size=0)
 
 
 def test_a_gpu_that_is_not_there_is_refused_in_words(minivllm: Run, monkeypatch: pytest.MonkeyPatch):

@@ -257,15 +257,27 @@ def test_enforce_eager_is_yes_or_no(junk: Any):
 
 
 # ------------------------------------------------------------------ what is not built
-@pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
+@pytest.mark.parametrize("name", ["pipeline_parallel_size", "data_parallel_size"])
 def test_one_device_only(name: str):
     assert getattr(ParallelConfig(**{name: 1}), name) == 1
     for value in (0, -1, 2, 4, True, 1.0, "1", None):
         with pytest.raises(ConfigError, match=f"{name} must be ") as caught:
             ParallelConfig(**{name: value})
         assert caught.value.parameter == name
-    with pytest.raises(ConfigError, match="must be 1, got 2: one engine computes on one device.*Set it to 1"):
+    with pytest.raises(ConfigError, match="must be 1, got 2: more is not built.*tensor_parallel_size spreads"):
         ParallelConfig(**{name: 2})
+
+
+def test_a_model_may_be_spread_over_several_devices_by_processes_of_this_machine():
+    assert ParallelConfig(4).tensor_parallel_size == 4 and ParallelConfig().distributed_executor_backend == "mp"
+    for value in (0, -1, 1025, True, 2.0, "2", None):
+        with pytest.raises(ConfigError, match="tensor_parallel_size must be an integer in .1, 1024., got ") as caught:
+            ParallelConfig(value)
+        assert caught.value.parameter == "tensor_parallel_size"
+    for backend, message in (("ray", "must be mp, got 'ray': ranks on Ray are not built.*torchrun"), ("uni", "one of")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            ParallelConfig(2, distributed_executor_backend=backend)
+        assert caught.value.parameter == "distributed_executor_backend"
 
 
 def test_weights_are_quantised_as_asked_and_a_files_own_bits_are_a_gguf_files():

@@ -204,7 +204,16 @@ TensorParallelOption = Annotated[
         "--tensor-parallel-size",
         "-tp",
         metavar="DEVICES",
-        help="Devices that share one model; only 1 is built.",
+        help="Devices that share one model, each with a part of every layer.",
+        rich_help_panel=PARALLEL,
+    ),
+]
+ExecutorBackendOption = Annotated[
+    str,
+    typer.Option(
+        "--distributed-executor-backend",
+        metavar="NAME",
+        help="Who starts the processes of several devices: mp (this one), or start them all with torchrun.",
         rich_help_panel=PARALLEL,
     ),
 ]

@@ -101,6 +101,7 @@ def serve(
     tensor_parallel_size: only.TensorParallelOption = 1,
     pipeline_parallel_size: only.PipelineParallelOption = 1,
     data_parallel_size: only.DataParallelOption = 1,
+    distributed_executor_backend: only.ExecutorBackendOption = "mp",
     use_v2_block_manager: only.BlockManagerOption = False,
     max_parallel_loading_workers: only.LoadingWorkersOption = None,
     swap_space: only.SwapSpaceOption = None,
@@ -124,6 +125,10 @@ def serve(
     from minivllm.entrypoints.logs import logging_to
     from minivllm.entrypoints.server import Engines, Server
     from minivllm.entrypoints.server import serve as run_server
+    from minivllm.worker.ranks import is_another_rank
+
+    if is_another_rank():  # of torchrun: it computes for rank 0 until that ends, and serves nobody
+        load_engines(ctx)
 
     def start() -> Engines:
         generating, embedding = load_engines(ctx)
@@ -177,7 +182,7 @@ def checked(ctx: typer.Context) -> Any:
         raise typer.BadParameter("--served-embedding-model-name needs --embedding-model")
     config = ServerConfig(**{field: given[option] for field, option in SERVER_SETTINGS.items()})
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    ParallelConfig(**{name: given[name] for name in sizes})
+    ParallelConfig(**{name: given[name] for name in (*sizes, "distributed_executor_backend")})
     DeviceConfig(given["device"], given["enforce_eager"])
     SpeculativeConfig.from_dict(speculative_config(ctx))
     return config

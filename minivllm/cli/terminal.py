@@ -25,7 +25,7 @@ ENGINE_SETTINGS = (
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "enable_prefix_caching"),
     *("enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy", "seed", "batch_invariant"),
     *("device", "enforce_eager"),
-    *("tensor_parallel_size", "quantization", "generation_config", "chat_template"),
+    *("tensor_parallel_size", "distributed_executor_backend", "quantization", "generation_config", "chat_template"),
 )
 SAMPLING_SETTINGS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 

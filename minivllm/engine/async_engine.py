@@ -129,7 +129,7 @@ class AsyncEngine:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive() and self._death is None
+        return self._thread.is_alive() and self._death is None and self.engine.is_alive
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -205,6 +205,7 @@ class AsyncEngine:
         self._stopping = True
         self._inbox.put(None)
         self._thread.join(STOP_TIMEOUT_SECONDS)
+        self.engine.close()
 
     def __enter__(self) -> AsyncEngine:
         return self
@@ -223,6 +224,9 @@ class AsyncEngine:
             for request_id in list(self._streams):
                 self.engine.abort_request(request_id)
             self._end("the engine was shut down")
+        except EngineDeadError as error:  # it says why
+            self._end(str(error))
+            raise
         except BaseException as error:
             self._end(f"the engine loop ended: {type(error).__name__}")
             raise

@@ -45,7 +45,7 @@ from minivllm.engine.stats import EngineStats, SpecDecodeStats
 from minivllm.engine.throughput import Throughput
 from minivllm.engine.tokenizer import Tokenizer, load_tokenizer, read_chat_template
 from minivllm.engine.watcher import Watcher
-from minivllm.errors import ConfigError, InvalidRequestError, ServerError
+from minivllm.errors import ConfigError, EngineDeadError, InvalidRequestError, ServerError
 from minivllm.hub import ModelSource, resolve_model
 from minivllm.kernels.dispatch import IMPLS
 from minivllm.models import loader, registry
@@ -65,6 +65,7 @@ from minivllm.worker.gpu import MemorySnapshot, choose_device
 from minivllm.worker.hooks import Hooks
 from minivllm.worker.kv_cache import KVCachePlan, plan_kv_cache
 from minivllm.worker.model_runner import ModelRunner
+from minivllm.worker.parallel_executor import ParallelExecutor, check_parallel
 
 AnyOutput = RequestOutput | EmbeddingRequestOutput
 logger = logging.getLogger(__name__)
@@ -212,7 +213,8 @@ class LLMEngine:
     def step(self) -> list[AnyOutput]:
         """Compute one step and return what it changed for the callers.
 
-        An exception of the model fails the requests of this step; the engine goes on with the others.
+        An exception of the model fails the requests of this step; the engine goes on with the others. Raises
+        EngineDeadError when there can be no further step: a rank of several has ended.
         """
         if not self.scheduler.has_work:
             return []
@@ -223,6 +225,8 @@ class LLMEngine:
             watcher.step_scheduled(step)
         try:
             result = self._executor.execute_model(step, self._grammar_steps.masks_for(step))
+        except EngineDeadError:
+            raise
         except Exception as error:
             logger.exception("step %d failed", step.step)
             if watcher is not None:
@@ -270,7 +274,13 @@ class LLMEngine:
     # ------------------------------------------------------------------ looking in
     @property
     def hooks(self) -> Hooks:
-        """What sees and changes the network's values: LLM.hook and LLM.capture."""
+        """What sees and changes the network's values: LLM.hook and LLM.capture. Raises InvalidRequestError where this
+        process computes a part of them only."""
+        if isinstance(self._executor, ParallelExecutor):
+            raise InvalidRequestError(
+                "Hooks would see the part that one of several ranks computes: leave tensor_parallel_size at 1.",
+                parameter="tensor_parallel_size",
+            )
         return self._executor.hooks
 
     @property
@@ -290,6 +300,15 @@ class LLMEngine:
     def kernel_impl(self) -> str:
         """Which implementation of the kernels computes: "cpu", "triton" or "reference"."""
         return self._executor.kernel_impl
+
+    @property
+    def is_alive(self) -> bool:
+        """False when something has ended that every step needs."""
+        return self._executor.is_alive
+
+    def close(self) -> None:
+        """End what was started beside this process; there is no step afterwards."""
+        self._executor.close()
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; False while requests are running."""
@@ -330,6 +349,7 @@ class LLMEngine:
         enforce_eager: bool = False,
         speculative_config: dict[str, Any] | None = None,
         tensor_parallel_size: int = 1,
+        distributed_executor_backend: str = "mp",
         quantization: str | None = None,
         generation_config: str = "auto",
         chat_template: str | Path | None = None,
@@ -346,7 +366,7 @@ class LLMEngine:
         """
         settings = {name: value for name, value in locals().items() if name not in ("cls", "show_progress", "poison")}
         speculative = SpeculativeConfig.from_dict(speculative_config)
-        ParallelConfig(tensor_parallel_size)
+        parallel = ParallelConfig(tensor_parallel_size, distributed_executor_backend=distributed_executor_backend)
         if impl not in IMPLS:
             raise ConfigError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.", parameter="impl")
         check_generation_config(generation_config)
@@ -368,6 +388,8 @@ class LLMEngine:
             model, dtype=dtype, max_model_len=max_model_len, show_progress=show_progress, on_gpu=on_gpu
         )
         quantization = check_quantization(quantization, facts.source.kind == "gguf", on_gpu=on_gpu)
+        draft_name = None if speculative is None else speculative.model
+        check_parallel(parallel, facts.hf_config, torch_device, quantization, draft_name)
         model_config = facts.model_config
         is_encoder = model_config.is_encoder
         if is_encoder:  # nothing is cached, and every token sees every other: whole prompts only
@@ -400,21 +422,23 @@ class LLMEngine:
             draft_model = loader.load_model(
                 draft_facts.source, draft_facts.hf_config, draft_options, show_progress=show_progress
             )
-        executor = Executor(
-            loader.load_model(facts.source, facts.hf_config, model_options, show_progress=show_progress),
-            facts.dtype,
-            model_config.max_model_len,
-            pooling_type=facts.sentence_config.pooling_type,
-            causal=not is_encoder,
-            batch_invariant=batch_invariant,
-            poison=poison,
-            draft_model=draft_model,
-            device=torch_device,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enforce_eager=enforce_eager,
-            impl=impl,
-        )
+        settings: dict[str, Any] = {  # plain values, which other ranks get as JSON
+            "pooling_type": facts.sentence_config.pooling_type,
+            "causal": not is_encoder,
+            "batch_invariant": batch_invariant,
+            "poison": poison,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "enforce_eager": enforce_eager or tensor_parallel_size > 1,  # graphs that hold collectives: not tried
+            "impl": impl,
+        }
+        max_len = model_config.max_model_len
+        if tensor_parallel_size > 1:
+            model_of = (facts.source, facts.hf_config, model_options, max_len, settings)
+            executor: Executor = ParallelExecutor.load(tensor_parallel_size, *model_of, show_progress=show_progress)
+        else:
+            loaded = loader.load_model(facts.source, facts.hf_config, model_options, show_progress=show_progress)
+            executor = Executor(loaded, facts.dtype, max_len, draft_model=draft_model, device=torch_device, **settings)
         plan = plan_kv_cache(
             cache_config,
             executor.kv_cache_specs,

@@ -24,7 +24,7 @@ from minivllm.kernels.reshape_and_cache import reshape_and_cache
 from minivllm.kernels.rms_norm import rms_norm
 from minivllm.kernels.rotary_embedding import rotary_embedding
 from minivllm.kernels.silu_and_mul import silu_and_mul
-from minivllm.models.linear import Embedding, Linear, ModelOptions, TiedEmbedding
+from minivllm.models.linear import Embedding, Linear, ModelOptions, TiedEmbedding, row_parallel
 from minivllm.models.weights import WeightSlot
 
 __all__ = [
@@ -204,7 +204,7 @@ class GatedMLP(nn.Module):
         self.activation, self.options = known[activation], options
         widths = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         self.gate_up_proj = Linear(hidden_size, widths, options, bias=bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, options, bias=bias)
+        self.down_proj = row_parallel(intermediate_size, hidden_size, options, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, hidden_size] -> [num_tokens, hidden_size]"""
@@ -247,7 +247,7 @@ class Attention(nn.Module):
         self.widths = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
         self.num_heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]  # of query, key, value
         self.qkv_proj = Linear(config.hidden_size, self.widths, options, bias=config.qkv_bias)
-        self.o_proj = Linear(query_size, config.hidden_size, options, bias=config.output_bias)
+        self.o_proj = row_parallel(query_size, config.hidden_size, options, bias=config.output_bias)
         self.q_norm, self.k_norm = q_norm, k_norm
 
     def forward(

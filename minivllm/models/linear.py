@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from minivllm.models import onednn, quantised
 from minivllm.models.grouped import GroupedWeight, join
 from minivllm.models.onednn import find_tiles, read_rows
+from minivllm.models.parallel import TensorParallel
 from minivllm.models.quantised import Int4Weight, Int8Weight
 from minivllm.models.weights import WeightSlot
 from minivllm.models.widening import WIDEN_FROM_ROWS, Widening, WideWeight
@@ -62,6 +63,7 @@ class ModelOptions:
     device: torch.device = torch.device("cpu")  # where the weights go, each as soon as it is read
     quantization: str | None = None  # None: weights in `dtype`; or a name of config.QUANTIZATIONS
     widening: Widening = field(default_factory=Widening, compare=False)  # shared by the layers of one model
+    parallel: TensorParallel | None = None  # None: this rank has all of the model
 
 
 # ------------------------------------------------------------------ formats
@@ -335,3 +337,75 @@ class TiedEmbedding(Embedding):
             self.weight = stored
         else:
             self._format = FORMATS["plain"]
+
+
+# ------------------------------------------------------------------ one model on several ranks
+# Where each is cut: models/parallel.py. On one rank these functions return the plain classes: nothing is in the way.
+# A column-parallel product is a Linear with fewer rows, and needs no class.
+def row_parallel(in_features: int, out_features: int, options: ModelOptions, *, bias: bool = False) -> Linear:
+    """The product behind a column-parallel one. in_features: of this rank."""
+    return (Linear if options.parallel is None else RowParallelLinear)(in_features, out_features, options, bias=bias)
+
+
+def lm_head(hidden_size: int, vocab_size: int, options: ModelOptions) -> Linear:
+    """Logits of the whole vocabulary."""
+    if options.parallel is None:
+        return Linear(hidden_size, vocab_size, options)
+    return VocabParallelHead(hidden_size, len(options.parallel.vocab), options)
+
+
+def embedding(vocab_size: int, hidden_size: int, options: ModelOptions, *, tied: bool) -> Embedding:
+    """tied: it is the LM head as well."""
+    if options.parallel is None:
+        return (TiedEmbedding if tied else Embedding)(vocab_size, hidden_size, options)
+    cls = VocabParallelTiedEmbedding if tied else VocabParallelEmbedding
+    return cls(len(options.parallel.vocab), hidden_size, options)
+
+
+def _parallel(options: ModelOptions) -> TensorParallel:
+    assert options.parallel is not None
+    return options.parallel
+
+
+class RowParallelLinear(Linear):
+    """Each rank has some columns, and the rows' values for them; the sum over the ranks is the product."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows: [..., in_features of this rank] -> [..., out_features]"""
+        return _parallel(self.options).collectives.all_reduce(super().forward(rows))
+
+    def _put(self, kind: str, shard: str, tensor: torch.Tensor | GroupedWeight) -> None:  # as Linear's
+        if kind == "bias" and _parallel(self.options).rank > 0:  # it must be in the sum once
+            assert isinstance(tensor, torch.Tensor)
+            tensor = torch.zeros_like(tensor)
+        super()._put(kind, shard, tensor)
+
+
+class VocabParallelHead(Linear):
+    """Each rank has the rows of some tokens. All logits are on rank 0, which draws; others see their own."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows: [num_rows, in_features] -> [num_rows, vocab_size]"""
+        parallel = _parallel(self.options)
+        return parallel.collectives.gather(super().forward(rows), parallel.vocab_widths)
+
+
+class VocabParallelEmbedding(Embedding):
+    """Each rank has the rows of some tokens, and zeros for the others: the sum is the row."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: [num_tokens] int64 -> [num_tokens, hidden_size]"""
+        parallel = _parallel(self.options)
+        own_ids = ids - parallel.vocab.start
+        is_own = (own_ids >= 0) & (own_ids < len(parallel.vocab))  # [num_tokens]
+        rows = super().forward(own_ids.where(is_own, 0)).masked_fill(~is_own[:, None], 0)
+        return parallel.collectives.all_reduce(rows)
+
+
+class VocabParallelTiedEmbedding(VocabParallelEmbedding, TiedEmbedding):
+    """Both: rows are summed, logits gathered."""
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states: [num_rows, hidden_size] -> [num_rows, vocab_size]; not on rank 0: the own tokens only"""
+        parallel = _parallel(self.options)
+        return parallel.collectives.gather(super().logits(hidden_states), parallel.vocab_widths)

@@ -39,7 +39,6 @@ from minivllm.models.layers import (
     GatedMLP,
     KVCache,
     KVCacheSpec,
-    Linear,
     ModelOptions,
     RMSNorm,
     Rope,
@@ -47,6 +46,7 @@ from minivllm.models.layers import (
     TiedEmbedding,
     head_size_of,
 )
+from minivllm.models.linear import embedding, lm_head
 from minivllm.models.weights import load_weights
 
 
@@ -118,6 +118,7 @@ class LlamaForCausalLM(nn.Module):
     """Embedding, layers, norm and head. A family names its layer class and overrides what differs."""
 
     decoder_layer: type[LlamaDecoderLayer] = LlamaDecoderLayer
+    can_be_parallel = True  # over several ranks; its configuration has what models/parallel.py reads
 
     def __init__(self, hf_config: Any, options: ModelOptions):
         super().__init__()
@@ -125,10 +126,10 @@ class LlamaForCausalLM(nn.Module):
         self.hidden_size: int = hf_config.hidden_size
         self.has_head = not (hf_config.architectures or [""])[0].endswith("Model")
         tied = self.has_head and hf_config.tie_word_embeddings
-        embedding = (TiedEmbedding if tied else Embedding)(self.vocab_size, self.hidden_size, options)
+        embed_tokens = embedding(self.vocab_size, self.hidden_size, options, tied=tied)
         layers = [self.decoder_layer(hf_config, idx, options) for idx in range(hf_config.num_hidden_layers)]
-        self.model = LlamaModel(embedding, layers, self.decoder_layer.norm(hf_config, self.hidden_size, options))
-        self.lm_head = Linear(self.hidden_size, self.vocab_size, options) if self.has_head and not tied else None
+        self.model = LlamaModel(embed_tokens, layers, self.decoder_layer.norm(hf_config, self.hidden_size, options))
+        self.lm_head = lm_head(self.hidden_size, self.vocab_size, options) if self.has_head and not tied else None
         self.ropes = nn.ModuleDict(self.build_ropes(hf_config))
         self.kv_cache_specs: list[KVCacheSpec] = [layer.self_attn.kv_cache_spec for layer in layers]
 
@@ -155,7 +156,10 @@ class LlamaForCausalLM(nn.Module):
         return self.model.embed_tokens(input_ids)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states: [num_rows, hidden_size] -> [num_rows, vocab_size] fp32. ConfigError without a head."""
+        """hidden_states: [num_rows, hidden_size] -> [num_rows, vocab_size] fp32. ConfigError without a head.
+
+        On a rank that is not the first: the logits of its own tokens only.
+        """
         if not self.has_head:
             raise ConfigError("This checkpoint has no language-model head: it gives embeddings, no tokens.")
         if isinstance(self.model.embed_tokens, TiedEmbedding):

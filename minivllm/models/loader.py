@@ -32,6 +32,7 @@ from minivllm.models.model_folder import FolderTensor, check_tokenizer_files, li
 
 if TYPE_CHECKING:
     from minivllm.models.linear import ModelOptions
+    from minivllm.models.parallel import TensorParallel
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -153,11 +154,13 @@ def iterate_weights(
     dtype: torch.dtype = torch.float32,
     *,
     own_bits: bool = False,
+    parallel: TensorParallel | None = None,
     show_progress: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
     """Every tensor under its Hugging Face name, floating-point ones in `dtype`; one is held at a time.
 
-    own_bits: those of `stored_bits` as they are.
+    own_bits: those of `stored_bits` as they are. parallel: only this rank's part of each; no more than that is read
+    of a safetensors file, while a GGUF's tensor is decoded as a whole.
     A yielded tensor may be a view of the file: copy it, do not change it. Raises ConfigError for a hostile source.
     """
     pairs: Iterator[tuple[str, torch.Tensor | GroupedWeight]]
@@ -165,12 +168,14 @@ def iterate_weights(
         file = read_gguf(source.path, with_vocabulary=False)
         total = len(hf_names(file))
         pairs = iterate_hf_weights(file, hf_config.get_text_config(), dtype, own_bits=own_bits)
+        if parallel is not None:
+            pairs = _cut(pairs, parallel)
     else:
         tensors = list_tensors(source.path)
         if hf_config.tie_word_embeddings and EMBEDDING in tensors:
             tensors.pop(LM_HEAD, None)  # a second copy of the embedding
         total = len(tensors)
-        pairs = _iterate_safetensors(tensors, dtype)
+        pairs = _iterate_safetensors(tensors, dtype, parallel)
     yield from tqdm(pairs, "Loading weights", total, unit="tensor", leave=False, disable=not show_progress)
 
 
@@ -186,8 +191,9 @@ def load_model(
     from minivllm.models import registry  # here, so that reading a configuration does not import every model
 
     model_class: Any = registry.model_class(hf_config)
+    parallel = options.parallel
     try:
-        model = model_class(hf_config, options)
+        model = model_class(hf_config if parallel is None else parallel.narrow(hf_config), options)
     except MiniVLLMError:
         raise
     except Exception as error:  # transformers' and torch's own complaints about odd numbers, no memory, ...
@@ -198,7 +204,9 @@ def load_model(
         ) from error
     with torch.no_grad():
         own_bits = (options.quantization or "").startswith("gguf")
-        weights = iterate_weights(source, hf_config, options.dtype, own_bits=own_bits, show_progress=show_progress)
+        weights = iterate_weights(
+            source, hf_config, options.dtype, own_bits=own_bits, parallel=parallel, show_progress=show_progress
+        )
         model.load_weights(weights)
     # What no tensor of the checkpoint was copied into (rotary frequencies) follows the weights.
     loaded: torch.nn.Module = model.requires_grad_(False).eval().to(options.device)
@@ -318,13 +326,24 @@ def _stored_dtype(hf_config: PretrainedConfig, source: ModelSource) -> torch.dty
     return _STORED_DTYPES[max(set(stored), key=stored.count)] if stored else torch.float32
 
 
-def _iterate_safetensors(tensors: dict[str, FolderTensor], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _cut(
+    pairs: Iterator[tuple[str, torch.Tensor | GroupedWeight]], parallel: TensorParallel
+) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
+    for name, tensor in pairs:
+        part = parallel.part_of(name)
+        yield name, tensor[part] if part is not None and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _iterate_safetensors(
+    tensors: dict[str, FolderTensor], dtype: torch.dtype, parallel: TensorParallel | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     shards = dict.fromkeys(tensor.shard for tensor in tensors.values())
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
                 for name in (tensor.name for tensor in tensors.values() if tensor.shard == shard):
-                    weight = file.get_tensor(name)
+                    part = None if parallel is None else parallel.part_of(name)
+                    weight = file.get_tensor(name) if part is None else file.get_slice(name)[part]
                     yield name, weight.to(dtype) if weight.is_floating_point() else weight
         except (SafetensorError, OSError) as error:
             raise refuse(shard.parent, f"{shard.name} cannot be read ({str(error)[:200]})") from error

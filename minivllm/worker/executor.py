@@ -5,7 +5,7 @@
     execute_model(step)          every step
 
 This one runs in the caller's process, on one device: the only one to know whether that is a CPU (cpu.py) or a GPU
-(gpu.py). Knows no scheduler. Owned by engine/llm_engine.py.
+(gpu.py). parallel_executor.py does the same on several. Knows no scheduler. Owned by engine/llm_engine.py.
 Twin in vLLM: vllm/v1/executor/uniproc_executor.py.
 """
 
@@ -55,6 +55,8 @@ class Executor:
     enforce_eager: no CUDA graphs. impl: as the model's, for the sampler's kernels on a GPU.
     """
 
+    runner_class = ModelRunner
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -86,6 +88,14 @@ class Executor:
         self.hooks = Hooks(model)
         self._runner: ModelRunner | None = None
         keep_freed_memory()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there may be another step."""
+        return True
+
+    def close(self) -> None:
+        """Give up what does not end by itself."""
 
     @property
     def kv_cache_specs(self) -> Sequence[KVCacheSpec]:
@@ -121,7 +131,7 @@ class Executor:
             )
         caches = self._allocate(self.model, plan)
         capture = gpu.cuda_capture() if self.device.type == "cuda" and not self.enforce_eager else None
-        self._runner = ModelRunner(
+        self._runner = self.runner_class(
             self.model,
             caches,
             plan.block_size,

@@ -39,7 +39,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "minivllm/entrypoints/tool_calls.py",
             "minivllm/verify/*",
         ),
-        "torch.distributed": ("minivllm/models/linear.py", "minivllm/worker/executor.py"),
+        "torch.distributed": ("minivllm/worker/collectives.py", "minivllm/worker/ranks.py"),
         **dict.fromkeys(
             ("threading", "_thread", "concurrent", "multiprocessing", "asyncio"),
             ("minivllm/engine/async_engine.py", "minivllm/entrypoints/*"),

@@ -156,8 +156,8 @@ def test_core_and_worker_may_meet_in_the_plain_records_only():
         ("transformers", "minivllm.engine.tokenizer", "minivllm.engine.detokenizer"),
         ("transformers", "minivllm.entrypoints.tool_calls", "minivllm.entrypoints.chat"),
         ("transformers", "minivllm.verify.parity", "minivllm.llm"),
-        ("torch.distributed", "minivllm.models.linear", "minivllm.models.layers"),
-        ("torch.distributed", "minivllm.worker.executor", "minivllm.worker.model_runner"),
+        ("torch.distributed", "minivllm.worker.collectives", "minivllm.models.layers"),
+        ("torch.distributed", "minivllm.worker.ranks", "minivllm.worker.model_runner"),
         ("threading", "minivllm.engine.async_engine", "minivllm.engine.llm_engine"),
         ("threading", "minivllm.entrypoints.server", "minivllm.sample.sampler"),
         ("concurrent.futures", "minivllm.entrypoints.server", "minivllm.models.loader"),
@@ -178,7 +178,7 @@ def test_a_use_of_torch_distributed_without_an_import_of_its_own_is_found():
     source = "import torch\ndef f(x):\n    torch.distributed.all_reduce(x)"
     (complaint,) = away_from_home([module("minivllm.models.layers", source)])
     assert complaint.startswith("minivllm/models/layers.py:3: torch.distributed is at home in ")
-    assert away_from_home([module("minivllm.models.linear", source)]) == []
+    assert away_from_home([module("minivllm.worker.collectives", source)]) == []
     assert away_from_home([module("minivllm.models.layers", "import torch\ntorch.distribution_of(1)")]) == []
 
 
