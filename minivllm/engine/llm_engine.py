@@ -154,7 +154,7 @@ class LLMEngine:
     def add_processed(self, request: EngineCoreRequest) -> None:
         """Queue a checked request: one sequence per candidate (n, best_of)."""
         for candidate, child in enumerate(self.output_processor.add_request(request)):
-            has_hooks = bool(self.hooks) and self.hooks.attach(
+            has_hooks = bool(self._executor.hooks) and self._executor.hooks.attach(
                 child.request_id, request.request_id, request.prompt_index, candidate
             )
             self.scheduler.add_request(self._to_core(child, has_hooks))
@@ -182,7 +182,7 @@ class LLMEngine:
     def _forget(self, sequence_id: str) -> None:
         """It has ended: what others than scheduler and worker keep of it."""
         self.structured_output.remove_request(sequence_id)
-        self.hooks.forget(sequence_id)
+        self._executor.hooks.forget(sequence_id)
 
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests
@@ -364,7 +364,7 @@ class LLMEngine:
         Everything that can be checked without the weights is checked before they are read.
         Raises ModelNotFoundError, ConfigError.
         """
-        settings = {name: value for name, value in locals().items() if name not in ("cls", "show_progress", "poison")}
+        asked = {name: value for name, value in locals().items() if name not in ("cls", "show_progress", "poison")}
         speculative = SpeculativeConfig.from_dict(speculative_config)
         parallel = ParallelConfig(tensor_parallel_size, distributed_executor_backend=distributed_executor_backend)
         if impl not in IMPLS:
@@ -448,7 +448,7 @@ class LLMEngine:
             None if before is None else executor.measure_memory(before, block_size),
         )
         executor.initialize_kv_cache(plan, show_progress=show_progress)
-        return cls(config, executor, loaded_tokenizer, plan, generation, settings)
+        return cls(config, executor, loaded_tokenizer, plan, generation, asked)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
