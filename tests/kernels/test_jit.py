@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,3 +128,25 @@ def test_a_bad_number_in_the_context_shows_in_its_own_request_only(dtype: torch.
     out = paged_attention(batch.query, batch.k_cache, batch.v_cache, batch.metadata, scale=0.125, impl="cpu")
     assert out[0].isnan().all()
     assert out[1].isfinite().all()
+
+
+# ------------------------------------------------------------------ kept on disk
+A_STEP = """
+import torch
+from minivllm.kernels.paged_attention import AttentionMetadata, paged_attention
+from minivllm.kernels.rms_norm import rms_norm
+query, cache = torch.ones(1, 2, 64), torch.ones(1, 18, 16, 64)
+metadata = AttentionMetadata([0, 1], [257], torch.ones(1, 17, dtype=torch.int32), torch.tensor([-1]), 16)
+paged_attention(query, cache, cache, metadata, scale=1.0, impl="cpu")
+rms_norm(query[0], torch.ones(64), 1e-5, impl="cpu")
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path):
+    """Numba's key of a function holds what its closure holds: another compiled function there is new in each process."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_OPT": "0"}  # not optimised: compiled sooner
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", A_STEP], env=environment, check=True)
+        kept.append({file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb*")})
+    assert len(kept[0]) >= 6 and kept[0] == kept[1]

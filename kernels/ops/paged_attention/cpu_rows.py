@@ -67,31 +67,32 @@ TILE_KEYS = 16  # turned into float32 at a time; fixed, so that the block size c
 COMMON_HEAD_SIZES = (64, 128)  # with loops of known length a fifth faster
 
 
+@jit(inline="always")
+def _load_tile(
+    cache: Any,  # [num_kv_heads, num_blocks, block_size, head_size]
+    head: int,
+    blocks: Any,  # [max_blocks_per_req], of one request
+    start: int,
+    end_key: int,
+    head_size: int,
+    tile: Any,  # [TILE_KEYS, head_size] written: keys or values from `start` on, zeros from `end_key` on
+) -> None:
+    block_size = cache.shape[2]
+    num_keys = min(TILE_KEYS, end_key - start)
+    block, slot = blocks[start // block_size], start % block_size
+    for j in range(num_keys):
+        if slot == block_size:
+            block, slot = blocks[(start + j) // block_size], 0
+        for d in range(head_size):
+            tile[j, d] = widen(cache[head, block, slot, d])
+        slot += 1
+    for j in range(num_keys, TILE_KEYS):  # unused slots may hold anything, NaN too
+        for d in range(head_size):
+            tile[j, d] = 0
+
+
 @PerShape
 def _attend(known_head_size: int) -> Any:
-    @jit(inline="always")
-    def load_tile(
-        cache: Any,  # [num_kv_heads, num_blocks, block_size, head_size]
-        head: int,
-        blocks: Any,  # [max_blocks_per_req], of one request
-        start: int,
-        end_key: int,
-        tile: Any,  # [TILE_KEYS, head_size] written: keys or values from `start` on, zeros from `end_key` on
-    ) -> None:
-        head_size = known_head_size if known_head_size > 0 else tile.shape[1]
-        block_size = cache.shape[2]
-        num_keys = min(TILE_KEYS, end_key - start)
-        block, slot = blocks[start // block_size], start % block_size
-        for j in range(num_keys):
-            if slot == block_size:
-                block, slot = blocks[(start + j) // block_size], 0
-            for d in range(head_size):
-                tile[j, d] = widen(cache[head, block, slot, d])
-            slot += 1
-        for j in range(num_keys, TILE_KEYS):  # unused slots may hold anything, NaN too
-            for d in range(head_size):
-                tile[j, d] = 0
-
     @jit(parallel=True)
     def attend(
         query: int,
@@ -132,7 +133,7 @@ def _attend(known_head_size: int) -> Any:
 
             for t in range(first_tile, num_tiles):
                 start = first_key + t * TILE_KEYS
-                load_tile(keys, head, block_table[request], start, end_key, tile)
+                _load_tile(keys, head, block_table[request], start, end_key, head_size, tile)
                 for i in range(num_queries):
                     for j in range(0, TILE_KEYS, 4):
                         one = two = three = four = np.float32(0)
@@ -169,7 +170,7 @@ def _attend(known_head_size: int) -> Any:
 
             for t in range(first_tile, num_tiles):
                 start = first_key + t * TILE_KEYS
-                load_tile(values, head, block_table[request], start, end_key, tile)
+                _load_tile(values, head, block_table[request], start, end_key, head_size, tile)
                 for i in range(num_queries):
                     for j in range(0, TILE_KEYS, 4):
                         four_weights = weights[i, t * TILE_KEYS + j :]
