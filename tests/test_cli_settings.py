@@ -147,12 +147,13 @@ def test_line_over_environment_over_file_over_default(minivllm: Run, monkeypatch
 def test_every_option_has_a_variable(minivllm: Run, monkeypatch: pytest.MonkeyPatch, command: str):
     """A value that no option takes is refused with the variable's name; so every variable is read."""
     parameters = typer.main.get_command(cli.app).commands[command].params
+    arguments = ["x" for parameter in parameters if parameter.param_type_name == "argument" and parameter.required]
     for option in parameters:
         if option.param_type_name == "option" and type(option.default) in (int, float):
             flag = next(flag for flag in option.opts if flag.startswith("--"))
             variable = f"MINIVLLM_{flag[2:].replace('-', '_').upper()}"
             monkeypatch.setenv(variable, "many")
-            result = minivllm(command, "x")
+            result = minivllm(command, *arguments)
             assert result.code == 2 and f"(it comes from: {variable})" in result.message
             monkeypatch.delenv(variable)
 

@@ -75,8 +75,8 @@ def verify(
 
 
 def diff(
-    url_a: Annotated[str, typer.Argument(help="An OpenAI server, whose answers count as right.")],
-    url_b: Annotated[str, typer.Argument(help="The server that is compared with it.")],
+    url_a: Annotated[str, typer.Argument(metavar="URL_A", help="An OpenAI server, whose answers count as right.")],
+    url_b: Annotated[str, typer.Argument(metavar="URL_B", help="The server that is compared with it.")],
     api_key: ClientKeyOption = None,
     server_dtype: ServerDtypeOption = "float32",
     max_tokens: TokensOption = 24,
