@@ -34,9 +34,11 @@ def test_the_rate_counts_keys_and_values_once():
 
 
 def test_the_engines_table_has_a_line_per_number_of_requests(tiny_model: Callable[[str], Path]):
-    rows = engine_rows(str(tiny_model("llama")), "cpu", (1, 2), 2)
+    rows = engine_rows(str(tiny_model("llama")), "cpu", (1, 2), 2, 1e9)
     assert [row["requests"] for row in rows] == [1, 2]
-    assert all(row["ratio"] == row["graphs_tokens_per_s"] / row["eager_tokens_per_s"] > 0 for row in rows)
+    for row in rows:
+        assert row["graphs_over_eager"] == row["graphs_tokens_per_s"] / row["eager_tokens_per_s"] > 0
+        assert row["graphs_over_transformers"] == row["graphs_tokens_per_s"] / row["transformers_tokens_per_s"] > 0
 
 
 def test_the_table_has_a_line_per_row():

@@ -110,9 +110,9 @@ def decode_batch(seq_lens: list[int]) -> InputBatch:
 
 @pytest.fixture
 def cut_path(monkeypatch: pytest.MonkeyPatch) -> GPUPath:
-    """On a GPU of four multiprocessors, so that a context of a few hundred tokens is cut."""
+    """On a GPU of two multiprocessors, so that a context of a few hundred tokens is cut."""
     for module in (kernel, gpu, split):
-        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 4)
+        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 2)
     torch.manual_seed(0)
     caches = [tuple(torch.randn(1, NUM_BLOCKS, BLOCK_SIZE, HEAD_SIZE) for _ in "kv")]
     return GPUPath(OneLayer(), caches, CPU, Limits(4, 64, LONGEST, BLOCK_SIZE), Repeats())  # type: ignore[arg-type]

@@ -90,6 +90,7 @@ CASES: MappingProxyType[str, tuple[Callable[[], object], ...]] = MappingProxyTyp
             partial(attention.test_every_group_and_head_size, group=3, head_size=80),
             partial(attention.test_every_option, {"sliding_window": 7}),
             partial(attention.test_every_option, {"alibi": True, "soft_cap": 2.0, "sliding_window": 20}),
+            attention.test_a_windows_edge_in_a_tile_that_ends_before_every_row,
             partial(attention.test_splits_of_any_length_merge_into_the_whole, 64, {}),
             partial(attention.test_a_cache_beyond_two_to_the_31_values_is_read_at_the_right_place, 1, 31),
             partial(attention.test_a_cache_beyond_two_to_the_31_values_is_read_at_the_right_place, 3, 30),
@@ -188,7 +189,12 @@ MUTATIONS = (
     Mutation("paged_attention", "acc = acc * rescale[:, None]", "acc = acc", "rescale of the products forgotten"),
     Mutation("paged_attention", "running_sum * rescale", "running_sum", "rescale of the sum forgotten"),
     Mutation("paged_attention", "running_max = new_max", "pass", "running maximum not kept"),
-    Mutation("paged_attention", "scores * LOG2_E", "scores", "base of the softmax"),
+    Mutation("paged_attention", "else scale * LOG2_E", "else scale", "base of the softmax"),
+    Mutation("paged_attention", "scores *= LOG2_E", "scores *= 1.0", "base of the softmax behind a cap"),
+    Mutation("paged_attention", "(first_key + TILE > ", "(first_key + 1 > ", "a tile at the end taken for a whole one"),
+    Mutation(
+        "paged_attention", "(first_key < window_edge)", "(first_key < 0)", "a tile at a window's edge taken for whole"
+    ),
     Mutation("paged_attention", 'tl.full([BLOCK_M], float("-inf")', "tl.full([BLOCK_M], 1e4", "start of the maximum"),
     Mutation("paged_attention", "lanes % group  #", "lanes % group * 0  #", "one query head for the group"),
     Mutation("paged_attention", "kv_head * group + lanes", "kv_head + lanes", "grouping of the query heads"),

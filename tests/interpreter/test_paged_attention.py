@@ -74,6 +74,11 @@ def test_every_option(options: dict[str, Any]):
     check(make_batch(MIXTURE, shape), **options)
 
 
+def test_a_windows_edge_in_a_tile_that_ends_before_every_row():
+    """Keys 192 to 200 of the tile from 192 on are behind the window, and no row stands in it."""
+    check(make_batch([Request(300, seed=1), Request(280, 20, seed=2)], Shape(1, 3, 64, 16)), sliding_window=100)
+
+
 # ------------------------------------------------------------------ splits
 def split_run(batch: Batch, split_len: int, **options: Any) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """The kernel with contexts cut every split_len keys, a multiple of its tile."""
