@@ -179,6 +179,8 @@ def test_maximum_and_sum_after_the_last_tile_are_the_log_sum_exp(window: int | N
             token = end - batch.metadata.seq_lens[request] + positions[row]
             lse = last.running_max[lane] + np.log2(last.running_sum[lane])
             seen[token, program.index[1] * SHAPE.group + head] = lse
+        stored = [access.num_active for access in program.accesses if access.kind == "store"]
+        assert stored == [len(positions) * SHAPE.group * SHAPE.head_size]
     torch.testing.assert_close(seen, expected, atol=LOG_SUM_EXP_ATOL, rtol=0)
 
 
