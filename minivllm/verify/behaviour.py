@@ -31,6 +31,7 @@ from minivllm.verify.reference import Reference
 
 TIE_GAP = 1e-4  # nats
 LOGPROB_TOLERANCE = 1e-4  # nats, in float32, whatever the order of the sums
+NUM_LIKELY = 5  # tokens of a position, as the golden data has them
 BEST_TOLERANCE = 5e-4  # of the best 20: behind a sure token they are e**-20 likely; Qwen2.5-0.5B has 1.0e-4 there
 KL_TOLERANCE = 1e-7  # nats; two float32 networks differ by the square of LOGPROB_TOLERANCE, and by the sum's rounding
 PROBABILITY_TOLERANCE = (
@@ -132,7 +133,7 @@ def check_answers(
     """Each prompt alone, and what it goes on to: next tokens everywhere, and the greedy run. With it the pairs
     (transformers' log-probability, ours) of all prompt tokens, as a batch gives them."""
     agreeing = positions = 0
-    largest_kl = largest_delta = 0.0
+    largest_kl = largest_delta = largest_of_few = 0.0
     runs: list[tuple[str, str]] = []
     with Observer(engine) as observer:
         for prompt in prompts:
@@ -151,11 +152,14 @@ def check_answers(
             top = expected.topk(min(20, expected.shape[1])).indices
             delta = (expected.gather(1, top) - found.gather(1, top)).abs().nan_to_num(torch.inf)
             largest_delta = max(largest_delta, float(delta.max()))
+            largest_of_few = max(largest_of_few, float(delta[:, :NUM_LIKELY].max()))
     section = "next token"
     checks = [
         Check(section, "top-1 agreement", verdict(agreeing == positions), f"{agreeing} of {positions}", "all but ties"),
         Check(section, "KL divergence", verdict(largest_kl <= KL_TOLERANCE),
               f"{largest_kl:.1e}", f"{KL_TOLERANCE:.0e}"),
+        Check(section, f"log-probabilities of the best {NUM_LIKELY}", verdict(largest_of_few <= LOGPROB_TOLERANCE),
+              f"{largest_of_few:.1e}", f"{LOGPROB_TOLERANCE:.0e}"),
         Check(section, "log-probabilities of the best 20", verdict(largest_delta <= BEST_TOLERANCE),
               f"{largest_delta:.1e}", f"{BEST_TOLERANCE:.0e}"),
     ]  # fmt: skip
