@@ -224,7 +224,8 @@ def sample_beyond_its_law(modules: Iterable[Module]) -> list[str]:
 # ------------------------------------------------------------------ kernels
 def unfree_kernels(modules: Iterable[Module]) -> list[str]:
     """Kernels import torch, numpy, triton and the standard library; of ours, dispatch, build, jit and amx (the homes of
-    numba) and their own operation, and what operations agree on: the two that share a quantised cache have one description.
+    numba), their own operation, and what operations agree on: the two that share a quantised cache have one
+    description.
 
     The report reads all operations, and decoder_step is a sequence of them; nobody below imports either."""
     complaints, shared = [], (["dispatch"], ["build"], ["jit"], ["amx"], ["quantised_cache"])
