@@ -175,6 +175,7 @@ class Stream:
         self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_SECONDS)
         body = {"model": MODEL, "prompt": "a", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
         self._connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        self._socket = self._connection.sock
         self._answer = self._connection.getresponse()
         assert self._answer.status == 200
 
@@ -191,6 +192,12 @@ class Stream:
                 return
         raise EOFError(f"no token in {found!r}")
 
+    def hang_up(self) -> None:
+        """For another thread than the reader's, which then sees the end."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
+        self.hang_up()
         self._answer.close()
         self._connection.close()
