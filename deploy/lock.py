@@ -4,7 +4,8 @@
 
 pip resolves for this machine, so its answer holds for machines like it. On CUDA torch and its libraries come from PyPI
 as everything else does. On a CPU torch comes from an index of PyTorch's own and is pinned by its version in the
-Dockerfile; it is left out of the file. Used by nothing: the Dockerfile reads what it wrote.
+Dockerfile, and Triton is a gigabyte that only a GPU has a use for: both are left out of the file. Used by nothing: the
+Dockerfile reads what it wrote.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def write(variant: str) -> None:
     certificate = os.environ.get("PIP_CERT")
     isolated = ["--isolated", *(["--cert", certificate] if certificate else [])]
     packages = resolved(TORCH[variant], isolated if variant == "cuda" else [])
-    left_out = {"minivllm"} | ({"torch"} if variant == "cpu" else set())
+    left_out = {"minivllm"} | ({"torch", "triton"} if variant == "cpu" else set())
     lines = sorted(line(package) for package in packages if package["metadata"]["name"] not in left_out)
     file = HERE / f"requirements-{variant}.txt"
     file.write_text(HEAD.format(name=file.name) + "".join(lines))

@@ -119,6 +119,8 @@ def test_the_pinned_packages_are_those_that_setup_cfg_wants():
     names = [re.split(r"[<>=]", line.strip())[0].replace("_", "-") for line in wanted[1].splitlines()]
     pinned = (DEPLOY / "requirements-cuda.txt").read_text()
     assert len(names) > 10 and [name for name in names if f"\n{name}==" not in pinned] == []
+    on_cpu = (DEPLOY / "requirements-cpu.txt").read_text()
+    assert {name for name in names if f"\n{name}==" not in on_cpu} == {"torch", "triton"}
 
 
 def test_the_context_is_what_the_image_is_made_of():
