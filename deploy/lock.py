@@ -21,7 +21,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TORCH = {"cpu": "torch==2.13.0+cpu", "cuda": "torch==2.13.0"}
-HEAD = "# Written by deploy/lock.py for Python 3.11 on Linux, x86-64. pip install --no-deps --require-hashes -r {name}\n"
+HEAD = (
+    "# Written by deploy/lock.py for Python 3.11 on Linux, x86-64. pip install --no-deps --require-hashes -r {name}\n"
+)
 
 
 def resolved(torch: str, options: list[str]) -> list[dict[str, Any]]:

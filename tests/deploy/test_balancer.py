@@ -1,4 +1,4 @@
-"""The guide's balancer, which runs in the client (balancer.mjs, real SDK), against three real servers. Needs node, npm."""
+"""The guide's balancer, in the client (balancer.mjs, with the real SDK), against three servers. Needs node and npm."""
 
 from __future__ import annotations
 

@@ -145,9 +145,12 @@ def test_a_request_whose_server_dies_is_answered_by_another(tmp_path: Path):
 
 
 def test_a_full_queue_is_the_clients_to_hear_about(tmp_path: Path):
-    with scripted(429, "full") as full, scripted(content="free") as free:
-        with nginx(tmp_path / "nginx", [port_of(full), port_of(free)]) as url:
-            texts = [call(f"{url}/v1/completions", b"{}").text for _ in range(6)]
+    with (
+        scripted(429, "full") as full,
+        scripted(content="free") as free,
+        nginx(tmp_path / "nginx", [port_of(full), port_of(free)]) as url,
+    ):
+        texts = [call(f"{url}/v1/completions", b"{}").text for _ in range(6)]
     assert sorted(texts) == ["free"] * 3 + ["full"] * 3
 
 
@@ -207,4 +210,3 @@ def test_events_of_scripts_pass_unchanged(tmp_path: Path):
     text = events({"a": "é\u2028"}) * 200
     with scripted(content=text) as script, nginx(tmp_path / "nginx", [port_of(script)]) as url:
         assert call(f"{url}/v1/models").text == text
-

@@ -88,7 +88,10 @@ def prometheus(instances: list[Instance], tmp_path_factory: pytest.TempPathFacto
 
 
 def test_promtool_accepts_the_configuration_and_the_rules():
-    for done in (promtool("check", "config", FOLDER / "prometheus.yml"), promtool("check", "rules", FOLDER / "alerts.yml")):
+    for done in (
+        promtool("check", "config", FOLDER / "prometheus.yml"),
+        promtool("check", "rules", FOLDER / "alerts.yml"),
+    ):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
