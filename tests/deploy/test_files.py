@@ -240,3 +240,20 @@ def test_panels_have_different_places_and_the_provisioned_source():
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places) > 10
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {source["uid"]}
+
+
+# ------------------------------------------------------------------ docs/deployment.md
+def test_every_command_of_the_page_is_marked():
+    """`Run` or `Linted` begins the paragraph before each block."""
+    page = (ROOT / "docs/deployment.md").read_text()
+    parts = page.split("```bash\n")
+    marks = [part.rpartition("```\n")[2].strip().split("\n\n")[-1] for part in parts[:-1]]
+    assert len(marks) > 5 and [mark for mark in marks if not re.match(r"(Run|Linted)\b.*:$", mark, re.DOTALL)] == []
+
+
+def test_the_page_names_files_and_environments_that_exist():
+    page = (ROOT / "docs/deployment.md").read_text()
+    paths = {path.rstrip("/") for path in re.findall(r"`((?:deploy|tests)/[\w./-]+)`", page)}
+    assert len(paths) > 5 and [path for path in paths if not (ROOT / path).exists()] == []
+    tox = (ROOT / "tox.ini").read_text()
+    assert [name for name in re.findall(r"`tox -e ([\w-]+)`", page) if f"[testenv:{name}]" not in tox] == []
