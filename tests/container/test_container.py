@@ -23,8 +23,8 @@ READ_ONLY = ("--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--secu
 class Container:
     """One that runs."""
 
-    def __init__(self, podman: Podman, name: str, port: int, log: Path):
-        self.podman, self.name, self.port, self.log = podman, name, port, log
+    def __init__(self, podman: Podman, name: str, port: int):
+        self.podman, self.name = podman, name
         self.url = f"http://127.0.0.1:{port}"
 
     @property
@@ -44,15 +44,13 @@ class Container:
 
 
 @contextlib.contextmanager
-def running(podman: Podman, folder: Path, *options: str, command: tuple[str, ...] = ()) -> Iterator[Container]:
+def running(podman: Podman, *options: str, command: tuple[str, ...] = ()) -> Iterator[Container]:
     """`podman run` of the image, on a free port of this machine."""
     name, port = f"minivllm-{free_port()}", free_port()
     given = ("--env", f"MINIVLLM_PORT={port}", "--env", "OMP_NUM_THREADS=1", "--env", "MINIVLLM_MAX_MODEL_LEN=2048")
-    log = folder / f"{name}.log"
     podman("run", "--detach", "--name", name, *READ_ONLY, *given, *options, IMAGE, *command)
-    container = Container(podman, name, port, log)
     try:
-        yield container
+        yield Container(podman, name, port)
     finally:
         podman("rm", "--force", "--time", "0", "--volumes", name, check=False)
 
@@ -72,10 +70,10 @@ def is_up(container: Container, path: str = "/health") -> bool:
 
 # ------------------------------------------------------------------ the default model, as anybody starts it
 @pytest.fixture(scope="module")
-def default(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+def default(podman: Podman) -> Iterator[Container]:
     """No arguments: it fetches the default model into its volume, and serves it."""
     say("a container with the default model, which it fetches")
-    with running(podman, tmp_path_factory.mktemp("default"), *podman.pip) as container:
+    with running(podman, *podman.pip) as container:
         eventually(lambda: is_up(container, "/live"))
         assert container.healthcheck() != 0 or status_of(container.url + "/health") == 200  # it loads
         eventually(lambda: is_up(container))
@@ -140,32 +138,26 @@ def test_the_image_holds_no_secret_and_no_compiler(podman: Podman):
 
 
 # ------------------------------------------------------------------ any user; the end
+SERVE_TINY = ("serve", "/models/tiny", "--served-model-name", "tiny", "--max-model-len", "100000")
+ANY_USER = 1234567890
+
+
 @pytest.fixture(scope="module")
-def tiny(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
-    """Options for a container with a small model, mounted for all to read."""
+def tiny(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Options for a container of another user, with a small model mounted, and a volume that the next one finds again."""
     folder = tmp_path_factory.mktemp("model")
     model = long_model(tiny_model("llama"), folder / "long")
     for path in (*model.parents, model, *model.iterdir()):
-        path.chmod(path.stat().st_mode | 0o055 if path.is_dir() else 0o644)
-    yield ("--volume", f"{model}:/models/tiny:ro")
+        path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
+    return ("--user", f"{ANY_USER}:0", "--volume", f"{model}:/models/tiny:ro", "--volume", "second:/cache")
 
 
-SERVE_TINY = ("serve", "/models/tiny", "--served-model-name", "tiny", "--max-model-len", "100000")
-
-
-def test_any_user_of_group_0_may_run_it(podman: Podman, tiny: tuple[str, ...], tmp_path: Path):
-    say("a container with another user")
-    with running(podman, tmp_path, "--user", "1234567890:0", *tiny, command=SERVE_TINY) as container:
+def test_any_user_of_group_0_may_run_it_and_sigterm_lets_its_streams_end(podman: Podman, tiny: tuple[str, ...]):
+    say("a container with another user, stopped while it answers")
+    with running(podman, *tiny, command=SERVE_TINY) as container:
         eventually(lambda: is_up(container))
-        assert complete(container.url).status == 200
-        assert container.healthcheck() == 0
-        assert {path.stat().st_uid for path in container.inside("/cache").iterdir()} == {1234567890}
-
-
-def test_sigterm_lets_streams_end_and_exits_0(podman: Podman, tiny: tuple[str, ...], tmp_path: Path):
-    say("a container that is stopped while it answers")
-    with running(podman, tmp_path, *tiny, command=SERVE_TINY) as container:
-        eventually(lambda: is_up(container))
+        assert complete(container.url).status == 200 and container.healthcheck() == 0
+        assert {path.stat().st_uid for path in container.inside("/cache").iterdir()} == {ANY_USER}
         with contextlib.closing(Stream(container.url, max_tokens=2000)) as stream:
             stream.wait_for_text()
             podman("kill", "--signal", "TERM", container.name)
@@ -175,13 +167,12 @@ def test_sigterm_lets_streams_end_and_exits_0(podman: Podman, tiny: tuple[str, .
         assert container.wait() == 0
 
 
-def test_what_outlasts_the_drain_gets_an_error_event(podman: Podman, tiny: tuple[str, ...], tmp_path: Path):
-    options = ("--env", "MINIVLLM_SHUTDOWN_TIMEOUT=1")
-    with running(podman, tmp_path, *options, *tiny, command=SERVE_TINY) as container:
+def test_what_outlasts_the_drain_gets_an_error_event(podman: Podman, tiny: tuple[str, ...]):
+    with running(podman, "--env", "MINIVLLM_SHUTDOWN_TIMEOUT=1", *tiny, command=SERVE_TINY) as container:
         eventually(lambda: is_up(container))
         with contextlib.closing(Stream(container.url, max_tokens=90_000)) as stream:
             stream.wait_for_text()
-            podman("stop", "--time", "120", container.name)
+            podman("kill", "--signal", "TERM", container.name)
             text = b"".join(stream.pieces())
         assert b'"error"' in text
         assert container.wait() == 0
