@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "localhost/minivllm-test"
@@ -44,7 +45,7 @@ class Podman:
         self._folder = folder
         self._settings = folder / "containers.conf"
         self._settings.write_text(CONTAINERS_CONF)
-        self._pip = pip_mounts(folder)
+        self._pip = pip_settings(folder)
 
     def __call__(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = self.command(*arguments)
@@ -83,39 +84,47 @@ class Podman:
         """deploy/Dockerfile, as it stands."""
         say("building deploy/Dockerfile")
         options = ["--format", "docker", "--isolation", "chroot", "--network", "host", "--layers=false"]
-        arguments = ["--build-arg", f"DEBIAN={BASE}", "--build-arg", "TORCH_CPU_INDEX=https://pypi.org/simple"]
-        self("build", *options, *self._pip, *arguments, "-f", "deploy/Dockerfile", "-t", IMAGE, ".")
+        arguments = ["--build-arg", f"DEBIAN={BASE}"]
+        if "find-links" in self._pip.settings:  # torch's CPU build lies there; elsewhere PyTorch's own index has it
+            index = self._pip.settings.get("index-url", "https://pypi.org/simple")
+            arguments += ["--build-arg", f"TORCH_CPU_INDEX={index}"]
+        self("build", *options, *self.pip, *arguments, "-f", "deploy/Dockerfile", "-t", IMAGE, ".")
 
     @property
     def pip(self) -> list[str]:
         """Options: pip inside is told what it is told outside."""
-        return self._pip
+        return self._pip.volumes
 
     def close(self) -> None:
         self("rm", "--all", "--force", "--time", "0", check=False)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def pip_mounts(folder: Path) -> list[str]:
-    """`--volume` for a pip.conf that says what pip is told here, and for the files that it names."""
+class PipSettings(NamedTuple):
+    """settings: as inside. volumes: options that bring them there, and the files that they name."""
+
+    settings: dict[str, str]
+    volumes: list[str]
+
+
+def pip_settings(folder: Path) -> PipSettings:
+    """Of this machine's pip: its index, its certificate, its folders of wheels. Writes a pip.conf into the folder."""
     told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
-    settings: dict[str, str] = {}
+    found: dict[str, str] = {}
     for line in told.stdout.splitlines():  # global.index-url='...' or :env:.find-links='...'
         name, _, value = line.partition("=")
-        settings[name.rpartition(".")[2]] = value.strip("'")
-    kept = {name: settings[name] for name in ("index-url", "extra-index-url", "find-links", "cert") if name in settings}
-    volumes = []
-    for name, value in kept.items():
-        for word in value.split():
-            path = Path(word.removeprefix("file://"))
+        found[name.rpartition(".")[2]] = value.strip("'")
+    settings = {name: found[name] for name in ("index-url", "extra-index-url", "find-links", "cert") if name in found}
+    file = folder / "pip.conf"
+    volumes = ["--volume", f"{file}:/etc/pip.conf:ro"]
+    for name, value in settings.items():
+        for path in (Path(word.removeprefix("file://")) for word in value.split()):
             if not path.is_absolute() or not path.exists():
                 continue
-            if name == "cert":  # not where Debian keeps its own
-                kept[name] = "/opt/pip-certificate"
-                volumes += ["--volume", f"{path}:{kept[name]}:ro"]
-            else:
-                top = Path(*path.parts[:3])  # an index's files lie beside it
-                volumes += ["--volume", f"{top}:{top}:ro"]
-    file = folder / "pip.conf"
-    file.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in kept.items()))
-    return ["--volume", f"{file}:/etc/pip.conf:ro", *volumes]
+            # an index's files lie beside it; a certificate not where Debian keeps its own
+            outside = path if name == "cert" else Path(*path.parts[:3])
+            inside = Path("/opt/pip-certificate") if name == "cert" else outside
+            volumes += ["--volume", f"{outside}:{inside}:ro"]
+            settings[name] = settings[name].replace(str(outside), str(inside))
+    file.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
+    return PipSettings(settings, volumes)

@@ -144,7 +144,7 @@ ANY_USER = 1234567890
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Options for a container of another user, with a small model mounted, and a volume that the next one finds again."""
+    """Options for a container of another user: a small model mounted, and a volume that the next one finds again."""
     folder = tmp_path_factory.mktemp("model")
     model = long_model(tiny_model("llama"), folder / "long")
     for path in (*model.parents, model, *model.iterdir()):
