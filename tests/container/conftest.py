@@ -12,7 +12,6 @@ import pytest
 
 from tests.container.podman import Podman
 
-
 MEMORY_DISK = Path("/dev/shm")
 NEEDED_BYTES = 10 * 2**30  # three copies of the image, and room for those who run
 
