@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -19,9 +20,10 @@ NEEDED_BYTES = 10 * 2**30  # three copies of the image, and room for those who r
 def store_folder() -> str:
     """In memory where there is much: the image is written three times and deleted again."""
     available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    is_large = MEMORY_DISK.is_dir() and shutil.disk_usage(MEMORY_DISK).free > NEEDED_BYTES
-    has_memory = available is not None and int(available[1]) * 1024 > NEEDED_BYTES + 4 * 2**30
-    return str(MEMORY_DISK if is_large and has_memory else "/var/tmp")
+    if available is None or int(available[1]) * 1024 < NEEDED_BYTES + 4 * 2**30 or not MEMORY_DISK.is_dir():
+        return "/var/tmp"
+    may_hold_a_system = not os.statvfs(MEMORY_DISK).f_flag & (os.ST_NOEXEC | os.ST_NODEV)
+    return str(MEMORY_DISK) if may_hold_a_system and shutil.disk_usage(MEMORY_DISK).free > NEEDED_BYTES else "/var/tmp"
 
 
 @pytest.fixture(scope="session")
