@@ -38,9 +38,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minivllm.kernels.packed_matmul import MAX_ROWS, packed_matmul
 from minivllm.models import onednn, quantised
 from minivllm.models.grouped import GroupedWeight, join
-from minivllm.models.onednn import find_tiles, read_rows
+from minivllm.models.onednn import as_strips, find_tiles, read_rows
 from minivllm.models.parallel import TensorParallel
 from minivllm.models.quantised import Int4Weight, Int8Weight
 from minivllm.models.weights import WeightSlot
@@ -294,6 +295,7 @@ class TiedEmbedding(Embedding):
     def __init__(self, num_embeddings: int, hidden_size: int, options: ModelOptions):
         super().__init__(num_embeddings, hidden_size, options)
         self._tiles: torch.Tensor | None = None  # a view of the memory of self.weight; None: that is plain
+        self._strips: torch.Tensor | None = None  # the same as packed_matmul takes it; None: it is in another layout
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: [num_tokens] int64 -> [num_tokens, hidden_size]"""
@@ -310,6 +312,8 @@ class TiedEmbedding(Embedding):
         return self._product(hidden_states)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:  # [num_rows, hidden_size] -> [num_rows, num_embeddings]
+        if self._strips is not None and len(rows) <= MAX_ROWS:
+            return packed_matmul(rows, self._strips, self.shape[0])
         return self._format.product(rows, self.weight, None)
 
     def planned_bytes(self, bits: Mapping[str, int], path: str) -> int:
@@ -335,6 +339,7 @@ class TiedEmbedding(Embedding):
         self._tiles = find_tiles(stored, table) if stored.is_mkldnn else None
         if self._tiles is not None:
             self.weight = stored
+            self._strips = as_strips(self._tiles, self.shape[1]) if not self.options.batch_invariant else None
         else:
             self._format = FORMATS["plain"]
 

@@ -102,8 +102,14 @@ def is_in_strips(shape: tuple[int, int]) -> bool:
     """
     plain = torch.randn(shape, dtype=torch.bfloat16)  # [out_features, in_features]
     packed = pack(plain)
-    tiles = find_tiles(packed, plain) if packed.is_mkldnn else None  # tiles of whatever width, one behind the other
-    return tiles is not None and tiles.shape[3:] == (32, 2) and tiles.shape[1] * tiles.shape[2] * 2 == shape[1]
+    tiles = find_tiles(packed, plain) if packed.is_mkldnn else None
+    return tiles is not None and as_strips(tiles, shape[1]) is not None
+
+
+def as_strips(tiles: torch.Tensor, in_features: int) -> torch.Tensor | None:
+    """Tiles as `find_tiles` gives them, as strips: if they have the strips' rows, and no column is padding."""
+    whole = tiles.dtype == torch.bfloat16 and tiles.shape[3:] == (32, 2) and in_features % 32 == 0
+    return tiles.flatten(1, 2) if whole and tiles.shape[1] * tiles.shape[2] * 2 == in_features else None
 
 
 # ------------------------------------------------------------------ reading rows of a packed weight

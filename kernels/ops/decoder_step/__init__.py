@@ -1,4 +1,4 @@
-"""All layers of a Llama-shaped decoder for the few rows of a decode step, in one call.
+"""All layers of a Llama-shaped decoder for the few rows of a decode step or of a short prompt, in one call.
 
     per layer: residual += hidden; hidden = attention(norm(residual)); residual += hidden; hidden = mlp(norm(residual))
     out        norm(residual + hidden)
@@ -19,11 +19,12 @@ from minivllm.kernels.decoder_step import cpu, reference
 from minivllm.kernels.decoder_step.weights import DecoderLayer, DecoderShape, DecoderWeights
 from minivllm.kernels.dispatch import choose
 from minivllm.kernels.packed_matmul import MAX_ROWS
-from minivllm.kernels.paged_attention.cpu_plan import SHORT_QUERY_TOKENS
 from minivllm.kernels.paged_attention.cpu_rows_amx import can_use_amx
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata, validate_metadata
 
 __all__ = ["DecoderLayer", "DecoderShape", "DecoderWeights", "decoder_step", "is_fast_for", "takes"]
+
+MAX_QUERY_TOKENS = 64
 
 
 def is_fast_for(cache: torch.Tensor) -> bool:  # [num_kv_heads, num_blocks, block_size, head_size]
@@ -32,9 +33,9 @@ def is_fast_for(cache: torch.Tensor) -> bool:  # [num_kv_heads, num_blocks, bloc
 
 
 def takes(metadata: AttentionMetadata) -> bool:
-    """Whether a step is small enough: few rows, and no request with so many that its attention would go another way."""
+    """Whether a step is small enough to gain: few rows, and of no request so many that flash attention is faster."""
     starts = metadata.query_start_loc
-    return starts[-1] <= MAX_ROWS and all(b - a <= SHORT_QUERY_TOKENS for a, b in zip(starts, starts[1:], strict=False))
+    return starts[-1] <= MAX_ROWS and all(b - a <= MAX_QUERY_TOKENS for a, b in zip(starts, starts[1:], strict=False))
 
 
 def decoder_step(

@@ -40,7 +40,7 @@ def decoder_step(
     num_kv_heads, num_blocks, block_size, head_size = weights.layers[0].k_cache.shape
     group = shape.num_heads // num_kv_heads
     layer_shape = LayerShape(
-        num_kv_heads, group, head_size, hidden_states.dtype, shape.sliding_window, False, metadata.batch_invariant
+        num_kv_heads, group, head_size, hidden_states.dtype, shape.sliding_window, all_tiles=False, all_rows=True
     )
     rows = metadata.plan.derive(plan_layer, layer_shape, metadata.block_table).rows
     assert rows is not None

@@ -21,7 +21,7 @@ from minivllm.kernels.packed_matmul import cpu, reference
 
 __all__ = ["MAX_ROWS", "packed_matmul"]
 
-MAX_ROWS = 64 if HAS_AMX else 0  # up to here it is faster than oneDNN (benchmarks/LOG.md)
+MAX_ROWS = 128 if HAS_AMX else 0  # up to here it is faster than oneDNN (benchmarks/LOG.md)
 
 
 def packed_matmul(
