@@ -9,7 +9,7 @@ import { Message } from '@/components/message';
 import { Trouble } from '@/components/trouble';
 import type { ChatMessage } from '@/lib/tools';
 
-const CHOICES = { off: 'no tools', auto: 'tools if the model likes', weather: 'weather first', calculator: 'calculator first' };
+const CHOICES = { off: 'no tools', auto: 'both tools', weather: 'first weather', calculator: 'first calculator' };
 const transport = new DefaultChatTransport<ChatMessage>({ api: '/api/chat' });
 
 export default function ChatPage() {
@@ -66,7 +66,7 @@ function Welcome({ onPick }: { onPick: (tool: string) => void }) {
     <div className="welcome">
       <h1>Talk with your own model</h1>
       <p>
-        Every word comes from the server on the right. It may call two tools:{' '}
+        Every word comes from your own server. The model may call two tools:{' '}
         <button type="button" onClick={() => onPick('weather')}>
           weather
         </button>{' '}

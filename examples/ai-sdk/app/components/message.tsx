@@ -23,7 +23,7 @@ export function Message({ message, isGrowing }: { message: ChatMessage; isGrowin
             );
           case 'tool-weather':
           case 'tool-calculator':
-            return <ToolCall key={part.toolCallId} part={part} />;
+            return <ToolCall key={part.toolCallId} part={part} isGrowing={isGrowing} />;
         }
       })}
       {message.role === 'assistant' && !isGrowing && <p className="facts">{factsOf(message)}</p>}

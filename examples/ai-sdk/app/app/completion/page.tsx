@@ -6,6 +6,8 @@ import { useState } from 'react';
 import { Composer } from '@/components/composer';
 import { Trouble } from '@/components/trouble';
 
+const EXAMPLE = 'Once upon a time, in a library by the sea,';
+
 export default function CompletionPage() {
   const [prompt, setPrompt] = useState('');
   const [temperature, setTemperature] = useState(0.8);
@@ -30,7 +32,9 @@ export default function CompletionPage() {
           ) : (
             <div className="welcome">
               <h1>Begin a text, and the model goes on</h1>
-              <p>Once upon a time, in a library by the sea,</p>
+              <button type="button" onClick={() => start(EXAMPLE)}>
+                {EXAMPLE}
+              </button>
             </div>
           )}
           <Trouble error={error} onRetry={() => start(prompt)} />

@@ -7,6 +7,8 @@ import { Composer } from '@/components/composer';
 import { Trouble } from '@/components/trouble';
 import { Recipe } from '@/lib/recipe';
 
+const EXAMPLE = 'vegetarian lasagna';
+
 export default function ObjectPage() {
   const [dish, setDish] = useState('');
   const [outcome, setOutcome] = useState('');
@@ -51,12 +53,17 @@ export default function ObjectPage() {
                 <summary>As JSON</summary>
                 <pre>{JSON.stringify(object, null, 2)}</pre>
               </details>
-              <p className="outcome">{isLoading ? 'The model writes …' : outcome || 'Stopped.'}</p>
+              <p className="outcome">{isLoading ? 'The model writes …' : outcome || (!error && 'Stopped.')}</p>
             </article>
           ) : (
             <div className="welcome">
               <h1>{isLoading ? 'The model reads …' : 'Name a dish, and get a recipe'}</h1>
               <p>The answer is an object. Whatever the model, it follows the schema in lib/recipe.ts.</p>
+              {!isLoading && (
+                <button type="button" onClick={() => start(EXAMPLE)}>
+                  {EXAMPLE}
+                </button>
+              )}
             </div>
           )}
           <Trouble error={error} onRetry={() => start(dish)} />

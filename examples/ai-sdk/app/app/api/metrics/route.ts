@@ -6,7 +6,7 @@ export const dynamic = 'force-dynamic';
 
 export const GET = route(async (request) => {
   const page = `${baseURL.replace(/\/v1$/, '')}/metrics`;
-  const response = await fetch(page, { headers, signal: AbortSignal.any([request.signal, AbortSignal.timeout(5000)]) });
+  const response = await fetch(page, { headers, signal: AbortSignal.any([request.signal, AbortSignal.timeout(10_000)]) });
   if (!response.ok) throw new Error(`${page} answers ${response.status}`);
   const figures: Record<string, number> = {};
   let model = '';
