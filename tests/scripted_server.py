@@ -22,7 +22,7 @@ class ScriptedServer:
     status, content: of every answer; content is sent as it is, and the connection closed. Or content is a function of
         what was asked: it returns the pieces, and each is sent when it comes.
     asked: what came in.
-    hold: while it is cleared, answers wait behind their content.
+    hold: while it is cleared, answers to a POST wait behind their content.
     gone: set when a client left during such a wait.
     """
 
@@ -70,7 +70,7 @@ class ScriptedServer:
                 with contextlib.suppress(OSError):
                     for piece in content:
                         self.wfile.write(piece)
-                    while not script.hold.wait(0.01):
+                    while self.command == "POST" and not script.hold.wait(0.01):
                         self.connection.setblocking(False)
                         with contextlib.suppress(BlockingIOError):
                             if not self.connection.recv(1):

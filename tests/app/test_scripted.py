@@ -49,12 +49,12 @@ def test_text_appears_word_by_word(view: View, model: Model):
 
 def test_stop_closes_the_connection_and_the_talk_goes_on(view: View, model: Model):
     view.open()
-    for stop in (lambda: view.button.click(), lambda: view.page.keyboard.press("Escape")):
+    for word, stop in (("half", view.button.click), ("a bit", lambda: view.page.keyboard.press("Escape"))):
         model.gone.clear()
         model.hold.clear()
-        model.will([event(chat_event(content="half"))])
+        model.will([event(chat_event(content=word))])
         view.send("Go.")
-        expect(view.answer).to_have_text("half")
+        expect(view.answer).to_have_text(word)
         stop()
         view.wait_for_end()
         assert model.gone.wait(180)
@@ -176,9 +176,12 @@ def test_an_answer_that_breaks_off_keeps_its_words_and_says_so(view: View, model
         expect(view.trouble).to_contain_text("The server is shutting down.")
         expect(view.page.locator(words)).to_have_text("half")
     view.open("/object")
-    model.will([*says('{"name": "Soup"')[:1], broken])
+    model.will([*says('{"name": "Soup"')[:1], broken], is_paced=True)
     view.send("soup")
-    expect(view.trouble).to_contain_text("The answer broke off")
+    model.give()
+    expect(view.page.locator(".recipe h1")).to_have_text("Soup")
+    model.give()
+    expect(view.trouble).to_contain_text("The answer broke off.")
     expect(view.page.locator(".recipe h1")).to_have_text("Soup")
 
 

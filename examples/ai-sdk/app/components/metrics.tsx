@@ -70,7 +70,7 @@ const speedBetween = (before: Reading, after: Reading) =>
   (after.figures.generation_tokens_total - before.figures.generation_tokens_total) / ((after.at - before.at) / 1000);
 
 function shown(figures: Figures): Record<string, string> {
-  const share = (part: number, whole: number) => `${(whole > 0 ? (100 * part) / whole : 0).toFixed(0)} %`;
+  const share = (part = 0, whole = 0) => `${(whole > 0 ? (100 * part) / whole : 0).toFixed(0)} %`;
   const count = (name: string) => (figures[name] ?? 0).toLocaleString('en');
   const firstToken = figures.time_to_first_token_seconds_sum / figures.time_to_first_token_seconds_count;
   return {
