@@ -104,10 +104,12 @@ def test_a_tool_is_called_and_its_result_shown(view: View):
     asked = json.loads(view.tool.locator(".input").inner_text())
     told = json.loads(view.tool.locator(".output").inner_text())
     assert asked == {name: told[name] for name in ("location", "unit")}
-    view.button.click()  # the rest of the answer does not matter; it may be over
+    view.page.keyboard.press("Escape")  # the rest of the answer does not matter; it may be over
+    view.wait_for_end()
 
 
 def test_a_text_is_continued_to_the_limit(view: View, live: Server):
+    wait_until(lambda: metric(live, "vllm:num_requests_running") == 0)
     before = metric(live, "vllm:generation_tokens_total")
     view.open("/completion")
     view.page.get_by_label("temperature").fill("0")
@@ -166,7 +168,7 @@ def test_npm_run_dev_serves_the_same_app_and_asks_nobody(
         view.open()
         view.send("Say yes.")
         expect(view.answer).to_contain_text(re.compile(r"\w"))
-        view.button.click()
+        view.page.keyboard.press("Escape")
         view.wait_for_end()
         view.requests = [url for url in view.requests if not url.startswith(("ws:", "wss:"))]
         view.close()

@@ -6,7 +6,7 @@ import re
 
 from playwright.sync_api import Locator, Page, expect
 
-PATIENCE_MS = 15_000
+PATIENCE_MS = 180_000
 
 
 class View:
