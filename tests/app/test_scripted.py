@@ -248,6 +248,27 @@ def test_an_object_that_is_cut_or_stopped_says_so(view: View, model: Model):
     assert model.gone.wait(180)
 
 
+@pytest.mark.parametrize("path", ["/", "/completion", "/object"])
+def test_whoever_leaves_the_page_stops_its_answer(view: View, model: Model, path: str):
+    model.hold.clear()
+    model.will((continues("{") if path == "/completion" else says("{"))[:1])
+    view.open(path)
+    view.send("Hello.")
+    expect(view.button).to_have_text("Stop")
+    wait_for_question(view, model)
+    view.page.get_by_role("link", name="Object" if path == "/" else "Chat").click()
+    assert model.gone.wait(180)
+
+
+def wait_for_question(view: View, model: Model) -> None:
+    """Until the model server has been asked."""
+    for _ in range(1800):
+        if model.bodies:
+            return
+        view.page.wait_for_timeout(100)
+    raise TimeoutError("nobody asked the model")
+
+
 # ------------------------------------------------------------------ looks
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 390, 1280])

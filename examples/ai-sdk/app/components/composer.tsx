@@ -1,7 +1,8 @@
-// The field at the bottom of every page. Enter sends, Shift + Enter begins a line; Escape or the button stops.
+// The field at the bottom of every page. Enter sends, Shift + Enter begins a line; Escape or the button stops, and so
+// does leaving the page.
 'use client';
 
-import { useState, type KeyboardEvent, type ReactNode } from 'react';
+import { useEffect, useRef, useState, type KeyboardEvent, type ReactNode } from 'react';
 
 type Props = {
   label: string;
@@ -16,6 +17,12 @@ type Props = {
 export function Composer({ label, action, isBusy, onSend, onStop, keepsText = false, children }: Props) {
   const [text, setText] = useState('');
   const canSend = !isBusy && text.trim() !== '';
+
+  const stop = useRef(onStop);
+  useEffect(() => {
+    stop.current = onStop;
+  });
+  useEffect(() => () => stop.current(), []);
 
   function send() {
     if (!canSend) return;
