@@ -10,6 +10,6 @@ export const Recipe = z.object({
   ingredients: z
     .array(z.object({ item: z.string().min(2).max(30), amount: z.number().min(0).max(1000), unit: z.string().max(12) }))
     .min(2)
-    .max(6),
-  instructions: z.array(z.string().min(5).max(120)).min(2).max(5),
+    .max(5),
+  instructions: z.array(z.string().min(5).max(80)).min(2).max(4),
 });
