@@ -47,7 +47,7 @@ def running(script: str, base_url: str, folder: Path, **settings: str) -> Iterat
     strangers.touch()
     env = environment(
         VLLM_BASE_URL=base_url,
-        NODE_OPTIONS=f"--require {HERE / 'loopback_only.cjs'}",
+        NODE_OPTIONS=f'--require "{HERE / "loopback_only.cjs"}"',
         STRANGERS_LOG=str(strangers),
         **settings,
     )
