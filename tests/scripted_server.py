@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -19,13 +19,14 @@ class Asked(NamedTuple):
 
 class ScriptedServer:
     """Attributes:
-    status, content: of every answer; content is sent as it is, and the connection closed.
+    status, content: of every answer; content is sent as it is, and the connection closed. Or content is a function of
+        what was asked: it returns the pieces, and each is sent when it comes.
     asked: what came in.
-    hold: while it is cleared, answers wait behind their content.
+    hold: while it is cleared, answers to a POST wait behind their content.
     gone: set when a client left during such a wait.
     """
 
-    def __init__(self, status: int = 200, content: bytes = b"") -> None:
+    def __init__(self, status: int = 200, content: bytes | Callable[[Asked], Iterable[bytes]] = b"") -> None:
         self.status, self.content = status, content
         self.asked: list[Asked] = []
         self.hold, self.gone = threading.Event(), threading.Event()
@@ -61,14 +62,15 @@ class ScriptedServer:
             def _answer(self) -> None:
                 text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 body = json.loads(text) if text else None
-                script.asked.append(
-                    Asked(self.command, self.path, {name.title(): value for name, value in self.headers.items()}, body)
-                )
+                asked = Asked(self.command, self.path, {name.title(): v for name, v in self.headers.items()}, body)
+                script.asked.append(asked)
+                content = [script.content] if isinstance(script.content, bytes) else script.content(asked)
                 self.send_response(script.status)
                 self.end_headers()
                 with contextlib.suppress(OSError):
-                    self.wfile.write(script.content)
-                    while not script.hold.wait(0.01):
+                    for piece in content:
+                        self.wfile.write(piece)
+                    while self.command == "POST" and not script.hold.wait(0.01):
                         self.connection.setblocking(False)
                         with contextlib.suppress(BlockingIOError):
                             if not self.connection.recv(1):
