@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minivllm.kernels.decoder_step.weights import DecoderWeights
-from minivllm.kernels.jit import FLOAT32, array_at, jit, like, narrow, use_torch_threads, widen
+from minivllm.kernels.jit import FLOAT32, array_at, jit, like, narrow, prange, use_torch_threads, widen
 from minivllm.kernels.packed_matmul.cpu import multiply, multiply_and_gate, padded
 from minivllm.kernels.paged_attention.cpu_plan import LayerShape, StepPlan, plan_layer
 from minivllm.kernels.paged_attention.cpu_rows import known_head_size, merge
@@ -126,7 +126,7 @@ def add_and_norm(
     norm_rows(hidden, residual, residual, out, weight, num_rows, size, has_residual, eps, 0.0, like)
 
 
-@jit
+@jit(parallel=True)
 def rotate_and_keep(
     qkv: int,  # [num_rows, (num_heads + 2 * num_kv_heads) * head_size] changed: heads are normed in place
     query: int,  # [num_rows, num_heads, head_size] written: rotated
@@ -148,7 +148,7 @@ def rotate_and_keep(
     sines = array_at(angles[1], (num_rows, head_size), FLOAT32)
     keys = array_at(caches[0], (num_kv_heads, num_blocks * block_size, head_size), like)
     values = array_at(caches[1], (num_kv_heads, num_blocks * block_size, head_size), like)
-    for row in range(num_rows):
+    for row in prange(num_rows):
         slot = slot_mapping[row]
         for head in range(num_heads + num_kv_heads if slot >= 0 else num_heads):
             is_query = head < num_heads

