@@ -41,17 +41,18 @@ def import_ray() -> Any:
 
 
 def connect_to_ray(num_cpus: int) -> Any:
-    """Join the cluster that RAY_ADDRESS names or that `ray start` has started here; else start one of this machine,
-    which ends with this process, has no dashboard and counts at least num_cpus cores. Returns the package."""
+    """The package, connected to the cluster that RAY_ADDRESS names ("auto": the one that `ray start` has started here).
+
+    Without RAY_ADDRESS, Ray is started on this machine for this process alone and ends with it; it has no dashboard and
+    counts at least num_cpus cores.
+    """
     ray = import_ray()
     if ray.is_initialized():
         return ray
-    quiet = {"include_dashboard": False, "logging_level": "warning"}
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        if "RAY_ADDRESS" in os.environ:
-            raise
+    quiet = {"include_dashboard": False, "logging_level": "error"}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+    else:
         num_cpus = max(num_cpus, len(os.sched_getaffinity(0)))
         ray.init(address="local", num_cpus=num_cpus, _node_ip_address="127.0.0.1", **quiet)
     return ray
