@@ -43,8 +43,8 @@ def import_ray() -> Any:
 def connect_to_ray(num_cpus: int) -> Any:
     """The package, connected to the cluster that RAY_ADDRESS names ("auto": the one that `ray start` has started here).
 
-    Without RAY_ADDRESS, Ray is started on this machine for this process alone and ends with it; it has no dashboard and
-    counts at least num_cpus cores.
+    Without RAY_ADDRESS, Ray is started on this machine for this process alone, without a dashboard, and counts at least
+    num_cpus cores. It ends with the calling thread. Ray takes SIGTERM for itself, so set handlers after this.
     """
     ray = import_ray()
     if ray.is_initialized():
