@@ -12,6 +12,7 @@ Twin in vLLM: none (the router of vllm-project/production-stack).
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ PROBES = ("/health", "/v1/health", "/ready", "/ping")
 PROBE_SECONDS = 5.0
 # Between two machines only; the rest of a message is passed on.
 HOP_BY_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host"})
+OWN_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # that are not added to what a client says
 EVENT_END = b"\n\n"
 
 
@@ -91,7 +93,9 @@ class Ingress:
         """A connection per call: one that a server which has ended left behind would look like a lost answer."""
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_SECONDS)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=OWN_HEADERS
+        )
         yield
         await self._session.close()
 
@@ -182,7 +186,8 @@ class Ingress:
 
     async def _ask_all(self, request: web.Request) -> list[tuple[str, int, str]]:
         """(name, status, text) of every server that answers."""
-        headers = {name: request.headers[name] for name in ("Authorization",) if name in request.headers}
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {name: request.headers[name] for name in ("Authorization",) if name in request.headers}
 
         async def ask(name: str, url: str) -> tuple[str, int, str] | None:
             try:
@@ -228,6 +233,10 @@ async def describe(request: web.Request, handler: Any) -> web.StreamResponse:
         return web.Response(body=to_json(body), status=status, headers=headers, content_type="application/json")
     except web.HTTPException as error:
         return json_error(error.reason, error.status)
+    except Exception as error:
+        logging.getLogger(__name__).exception("%s %s failed", request.method, request.path)
+        status, body, _ = describe_error(error)
+        return web.Response(body=to_json(body), status=status, content_type="application/json")
 
 
 def json_error(message: str, status: int, headers: dict[str, str] | None = None) -> web.Response:
