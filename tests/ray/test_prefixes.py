@@ -48,7 +48,8 @@ def test_the_longest_known_beginning_counts_and_only_of_a_replica_that_is_there(
 
 
 def test_metrics_of_several_are_one_page_with_each_family_once():
-    page = '# HELP vllm:n Tokens.\n# TYPE vllm:n counter\nvllm:n_total{{model_name="m"}} {}\n# TYPE up gauge\nup 1.0\n'
+    counter = '# HELP vllm:n_total Tokens.\n# TYPE vllm:n_total counter\nvllm:n_total{{model_name="m"}} {}\n'
+    page = f"{counter}# TYPE up gauge\nup 1.0\n"
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Labelled({"b": page.format("2.0"), "a": page.format("1.0")}))  # type: ignore[arg-type]
     lines = generate_latest(registry).decode().splitlines()

@@ -10,12 +10,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pytest
 
@@ -57,16 +58,23 @@ class Server(NamedTuple):
 def served(*arguments: str) -> Iterator[Server]:
     """The endpoint; killed if the test leaves it running."""
     command = [sys.executable, "deploy/ray_serve.py", *arguments, "--port", "0"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ})
-    try:
-        lines = iter(process.stdout.readline, "")
-        ready = next((line for line in lines if line.startswith("minivllm ready")), "")
-        assert ready, "it has ended, and says why above"
-        threading.Thread(target=process.stdout.read, daemon=True).start()  # Ray goes on talking
-        yield Server(process, int(re.findall(r"http://127\.0\.0\.1:(\d+)/v1", ready)[0]))
-    finally:
-        process.kill()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe: Ray goes on talking
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, text=True)
+        try:
+            yield Server(process, wait_for_port(process, output))
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_for_port(process: subprocess.Popen[str], output: IO[str]) -> int:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        said = os.pread(output.fileno(), 2**20, 0).decode()  # the place where the server writes stays its own
+        if found := re.search(r"^minivllm ready: http://127\.0\.0\.1:(\d+)/v1$", said, re.MULTILINE):
+            return int(found[1])
+        assert process.poll() is None and time.monotonic() < deadline, "it has not started, and says why above"
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
