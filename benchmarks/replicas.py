@@ -47,7 +47,7 @@ class Replicas(Server):
         self.process = subprocess.Popen(
             [*command, "--port", str(port), "--engine", json.dumps({"dtype": dtype})],
             stdout=subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
         )
         self.url = urlsplit(f"http://127.0.0.1:{port}")
         deadline = time.monotonic() + START_SECONDS
@@ -75,6 +75,7 @@ def main(
         dtype = "bfloat16" if has_fast_bf16(machine["flags"]) else "float32"
     os.environ["OMP_NUM_THREADS"] = str(num_cores())
     wait_awake_for_a_moment()  # all sides, as the command line does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the end below
     console.print({**machine, "flags": len(machine["flags"])}, dtype)
     sides: list[Offline | Server] = []
     seconds: list[list[float]] = [[], [], []]
@@ -91,17 +92,19 @@ def main(
                     seconds[index].append(total)
     finally:
         for side in sides:
-            side.process.send_signal(signal.SIGTERM)
-    print_table([side.name for side in sides], seconds)
+            side.process.terminate()
+        if all(seconds):
+            print_table([side.name for side in sides], seconds)
 
 
 def print_table(names: list[str], seconds: list[list[float]]) -> None:
     """The ratio is the median of the rounds' own ratios."""
-    table = Table(title=f"W32, {len(seconds[0])} rounds")
+    num_rounds = min(map(len, seconds))  # an unfinished round does not count
+    table = Table(title=f"W32, {num_rounds} rounds")
     for column in ("", "seconds for all", "range", f"throughput of {names[-1]} over this"):
         table.add_column(column, justify="right")
-    for name, own in zip(names, seconds, strict=True):
-        ratios = [one / replicas for one, replicas in zip(own, seconds[-1], strict=True)]
+    for name, own in zip(names, (side[:num_rounds] for side in seconds), strict=True):
+        ratios = [one / replicas for one, replicas in zip(own, seconds[-1][:num_rounds], strict=True)]
         ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
         table.add_row(name, f"{statistics.median(own):.2f}", f"{min(own):.2f} - {max(own):.2f}", ratio)
     console.print(table)

@@ -53,6 +53,7 @@ def connect_to_ray(num_cpus: int) -> Any:
     if "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)
     else:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 is for work that may wait
         num_cpus = max(num_cpus, len(os.sched_getaffinity(0)))
         ray.init(address="local", num_cpus=num_cpus, _node_ip_address="127.0.0.1", **quiet)
     return ray
