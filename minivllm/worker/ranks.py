@@ -255,7 +255,7 @@ def _share_threads(size: int) -> int:
     return num_threads
 
 
-def _open_store(host: str, size: int) -> dist.Store:
+def _open_store(host: str, size: int) -> dist.TCPStore:
     return dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
 
 
