@@ -84,7 +84,7 @@ def says(*pieces: str, kind: str = "application/json", length: int | None = None
 
 
 @pytest.fixture
-def nobody -> Iterator[str]:
+def nobody() -> Iterator[str]:
     """The URL of a server that has ended: its port is taken, and nobody listens."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -189,6 +189,6 @@ def test_a_body_that_is_too_long_is_refused_in_words(nobody: str):
     async def run() -> None:
         async with endpoint(Given(nobody)) as (address, _):
             status, text, _ = await ask(address, prompt="x" * 2 * MAX_BODY_BYTES)
-                assert status == 413 and json.loads(text)["error"]["message"]
+            assert status == 413 and json.loads(text)["error"]["message"]
 
     asyncio.run(run())
