@@ -61,15 +61,21 @@ async def endpoint(pool: Given) -> AsyncIterator[tuple[str, Ingress]]:
 async def server(serve: Serve) -> AsyncIterator[str]:
     """serve: what it does with a connection after the request's head has come."""
 
+    connections: set[Any] = set()
+
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        connections.add(asyncio.current_task())
         with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
             await serve(reader, writer)
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     listening = await asyncio.start_server(connected, "127.0.0.1", 0)
     async with listening:
         yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        await asyncio.gather(*connections)
 
 
 def says(*pieces: str, kind: str = "application/json", length: int | None = None) -> Serve:
