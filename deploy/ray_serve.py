@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable
@@ -27,7 +28,7 @@ from typing import Annotated, Any
 import typer
 
 from minivllm.cli import wait_awake_for_a_moment
-from minivllm.errors import MiniVLLMError, OverloadedError
+from minivllm.errors import ConfigError, MiniVLLMError, OverloadedError
 from minivllm.worker.ray_actors import connect_to_ray, import_ray
 
 import_ray()  # says what to install, and switches the usage report off
@@ -43,7 +44,7 @@ from ray_ingress import Ingress, ReplicaGoneError  # noqa: E402
 NAME = "minivllm"
 MAX_PREFIXES = 65_536  # that are remembered, about 10 MB
 MAX_DIFFERENCE = 8  # requests more than the least busy replica has: then a known prefix is not worth the wait
-CONNECTION_BYTES = 2**20  # of a body, as ServerConfig's default
+MAX_BODY_BYTES = 2**20  # of a body, as ServerConfig's default
 
 
 # ------------------------------------------------------------------ who takes a request
@@ -212,28 +213,18 @@ def main(
     ] = False,
 ) -> None:
     """Serve replicas of MODEL until a signal comes."""
+    engine_fields, server_fields = json_object("--engine", engine), json_object("--server", server)
     wait_awake_for_a_moment()
-    count = (
-        {"num_replicas": num_replicas}
-        if max_replicas is None
-        else {
-            "autoscaling_config": {
-                "min_replicas": min_replicas,
-                "initial_replicas": min_replicas,
-                "max_replicas": max_replicas,
-                "target_ongoing_requests": target_ongoing_requests,
-                "upscale_delay_s": upscale_delay_seconds,
-                "downscale_delay_s": downscale_delay_seconds,
-            }
-        }
-    )
+    count: dict[str, Any] = {"num_replicas": num_replicas}
+    if max_replicas is not None:
+        names = ("min_replicas", "initial_replicas", "max_replicas", "target_ongoing_requests")
+        sizes = (min_replicas, min_replicas, max_replicas, target_ongoing_requests)
+        delays = {"upscale_delay_s": upscale_delay_seconds, "downscale_delay_s": downscale_delay_seconds}
+        count = {"autoscaling_config": dict(zip(names, sizes, strict=True)) | delays}
+    threads = {"env_vars": {"OMP_NUM_THREADS": str(cpus)}}
     deployment = serve.deployment(
         name="replica",
-        ray_actor_options={
-            "num_cpus": cpus,
-            "num_gpus": gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}},
-        },
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "runtime_env": threads},
         max_ongoing_requests=max_ongoing_requests,
         max_queued_requests=max_queued_requests,
         request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
@@ -242,24 +233,51 @@ def main(
         graceful_shutdown_timeout_s=shutdown_timeout,
         max_constructor_retry_count=2,
         **count,
-    )(Replica)  # fmt: skip
-    server_fields = json.loads(server)
-    replicas = deployment.bind(model, json.loads(engine), server_fields, not several_machines)
-    connect_to_ray(cpus * (max_replicas or num_replicas))
+    )(Replica)
+    replicas = deployment.bind(model, engine_fields, server_fields, not several_machines)
+    with bound(host, port) as address:
+        connect_to_ray(cpus * (max_replicas or num_replicas))
+        try:
+            ingress = Ingress(Replicas(start(replicas)), server_fields.get("max_body_bytes", MAX_BODY_BYTES))
+            asyncio.run(listen(ingress, address, shutdown_timeout))
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """What an option says. Raises BadParameter."""
     try:
-        serve.start(proxy_location="Disabled")
-        handle = serve.run(replicas, name=NAME, route_prefix=None, logging_config={"log_level": "WARNING"})
-        ingress = Ingress(Replicas(handle), server_fields.get("max_body_bytes", CONNECTION_BYTES))
-        asyncio.run(listen(ingress, host, port, shutdown_timeout))
-    except RuntimeError as error:  # of serve.run
-        typer.echo(f"error: the replicas cannot be started: {error}", err=True)
-        raise typer.Exit(1) from error
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{option} must be a JSON object, got {text[:100]!r}")
+    return found
 
 
-async def listen(ingress: Ingress, host: str, port: int, shutdown_timeout: float) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """An address of our own, before a model is loaded for it; nobody is answered yet. Raises ConfigError."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}.", parameter="port") from None
+    return found
+
+
+def start(replicas: Any) -> Any:
+    """Ray's handle, when all replicas are there. Raises ConfigError."""
+    serve.start(proxy_location="Disabled")
+    try:
+        return serve.run(replicas, name=NAME, route_prefix=None, logging_config={"log_level": "WARNING"})
+    except RuntimeError as error:
+        raise ConfigError(f"the replicas cannot be started: {error}") from error
+
+
+async def listen(ingress: Ingress, address: socket.socket, shutdown_timeout: float) -> None:
     """Answer until a signal comes."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -267,10 +285,9 @@ async def listen(ingress: Ingress, host: str, port: int, shutdown_timeout: float
     runner = web.AppRunner(ingress.app, handler_cancellation=True, access_log=None, shutdown_timeout=0)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
-        await site.start()
-        address = runner.addresses[0]
-        print(f"minivllm ready: http://{address[0]}:{address[1]}/v1", flush=True)
+        await web.SockSite(runner, address).start()
+        host, port = address.getsockname()[:2]
+        print(f"minivllm ready: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         await stop.wait()
         with contextlib.suppress(TimeoutError):
             await ingress.drain(shutdown_timeout)

@@ -152,6 +152,7 @@ def _check_own_gpu(ray: Any, size: int, group: Any) -> None:
     """Rank 0 was not started by Ray, so it must ask which GPU is its own."""
     ask = ray.remote(_given_gpus).options(**_in_bundle(ray, group, 0, {"GPU": 1.0}))
     if (given := ray.get(ask.remote())) != [0]:
+        ray.util.remove_placement_group(group)
         raise refused(size, f"rank 0 computes on cuda:0, and Ray has given it {given}")
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -235,9 +236,29 @@ def test_load_starts_another_replica(tiny_model: Callable[[str], Path]):
                 thread.join()
 
 
-def test_replicas_that_cannot_start_end_it_with_the_reason(tiny_model: Callable[[str], Path]):
-    command = [sys.executable, "deploy/ray_serve.py", str(tiny_model("llama")), "--num-replicas", "1"]
-    result = subprocess.run(
-        [*command, "--engine", '{"max_model_len": 100000}'], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert result.returncode == 1 and "max_model_len" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--engine", '{"max_model_len": 100000}'), "max_model_len"),
+        (("--engine", "[1]"), "--engine must be a JSON object"),
+        (("--port", "PORT"), "cannot listen on 127.0.0.1:"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_start_ends_with_the_reason(
+    arguments: tuple[str, str], message: str, tiny_model: Callable[[str], Path]
+):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        option, value = arguments
+        value = value.replace("PORT", str(taken.getsockname()[1]))
+        command = [
+            sys.executable,
+            "deploy/ray_serve.py",
+            str(tiny_model("llama")),
+            "--num-replicas",
+            "1",
+            "--port",
+            "0",
+        ]
+        result = subprocess.run([*command, option, value], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode in (1, 2) and message in result.stderr.replace("\n", " ")
