@@ -51,7 +51,13 @@ def connect_to_ray(num_cpus: int) -> Any:
         return ray
     quiet = {"include_dashboard": False, "logging_level": "error"}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
+        try:
+            ray.init(**quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined: {error.__cause__ or error}.",
+                parameter="distributed_executor_backend",
+            ) from error
     else:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 is for work that may wait
         num_cpus = max(num_cpus, len(os.sched_getaffinity(0)))
