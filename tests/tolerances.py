@@ -39,3 +39,6 @@ UNIT_LENGTH_ATOL = 1e-5  # fp32 vectors of length 1, and their products: alone o
 
 # ------------------------------------------------------------------ tests/engine
 PLANNED_WEIGHTS_RTOL = 0.01  # a plan counts the checkpoint's numbers; a loaded model holds rotary frequencies as well
+WHOLE_STEP = (
+    2**-6
+)  # of the largest hidden state: the modules and the whole step round alike, sums may be in other order

@@ -2,8 +2,7 @@
 
 Numpy has no bfloat16, so kernels see it as uint16. Kernels load with `widen`, compute in float32 and store with
 `narrow`; for float32 both do nothing. Compiled code is kept on disk, beside the source file or in the user's cache
-folder: a kernel takes seconds the first time and milliseconds from then on. Numba looks at the date of the kernel's own
-file only: after a change here, delete the `__pycache__` folders.
+folder: a kernel takes seconds the first time and milliseconds from then on.
 
 Sums may be reordered (a vector unit adds eight at a time), but NaN and infinity keep their meaning: a request whose
 numbers have gone bad must show it.
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -25,9 +25,11 @@ from numba import prange, types
 from numba.extending import intrinsic, overload
 
 __all__ = [
+    "BFLOAT16",
+    "FLOAT32",
     "INT64",
-    "PerShape",
     "array_at",
+    "constant",
     "exp",
     "jit",
     "like",
@@ -36,6 +38,7 @@ __all__ = [
     "supports",
     "tanh",
     "use_torch_threads",
+    "value_of",
     "widen",
 ]
 
@@ -84,6 +87,15 @@ def array_at(address: int, shape: Any, like: Any) -> Any:
 
 
 # ------------------------------------------------------------------ compiling
+# Name, size and date of every file that kernels are made of.
+SOURCES = tuple(
+    sorted(
+        (str(file.relative_to(Path(__file__).parent)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in Path(__file__).parent.rglob("*.py")
+    )
+)
+
+
 def jit(function: Callable[..., Any] | None = None, *, parallel: bool = False, inline: str = "never") -> Any:
     """Decorator: compile on the first call, keep on disk. parallel: the iterations of `prange` are shared by threads.
     inline: "always" for what kernels call."""
@@ -91,25 +103,28 @@ def jit(function: Callable[..., Any] | None = None, *, parallel: bool = False, i
         return partial(jit, parallel=parallel, inline=inline)
     options: dict[str, Any] = {"fastmath": set(ROUNDING), "error_model": "numpy", "inline": inline}
     options["parallel"] = parallel and HAS_OPENMP
+    if inline != "never":
+        return numba.njit(**options)(function)
     try:
-        return numba.njit(cache=inline == "never", **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder that can be written to: compiled anew by every process
         return numba.njit(**options)(function)
+    # Numba compiles anew what was written before the kernel's own file; a kernel also holds those that it calls.
+    compiled._cache._cache_file._source_stamp = SOURCES
+    return compiled
 
 
-class PerShape:
-    """Decorator of a function that takes integers and returns a kernel with these compiled into it, as Triton's
-    constexpr: a loop of known length needs no code for its end. Made on first use and kept, like any compiled code.
-    """
+def constant(value: int) -> np.ndarray:
+    """A number that is compiled into the kernel it is passed to, as Triton's constexpr: a loop of known length needs no
+    code for its end. Numba compiles anew for new types only, so it travels as a type: of strings of so many bytes."""
+    return np.empty(0, f"S{value}")
 
-    def __init__(self, make: Callable[..., Any]):
-        self._make = make
-        self._kernels: dict[tuple[int, ...], Any] = {}
 
-    def __call__(self, *constants: int) -> Any:
-        if constants not in self._kernels:
-            self._kernels[constants] = self._make(*constants)
-        return self._kernels[constants]
+@intrinsic
+def value_of(context: Any, constant: Any) -> Any:
+    """Inside a kernel: the number that `constant` was made of, known to the compiler."""
+    value = constant.dtype.count
+    return types.intp(constant), lambda ctx, builder, sig, args: ir.Constant(ir.IntType(64), value)
 
 
 def use_torch_threads() -> None:

@@ -118,7 +118,7 @@ def _add_routes(app: Flask, service: Service) -> None:
 def _add_probes(app: Flask, service: Service, metrics: Metrics) -> None:
     """What watchers ask."""
     views: dict[str, Callable[[], Response]] = {
-        "metrics": lambda: metrics.show(request.headers.get("Accept", "")),
+        "metrics": metrics.show,
         "load": lambda: models.show_load(service),
         "tokenizer_info": lambda: show_tokenizer_info(service),
     }

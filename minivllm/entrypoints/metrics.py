@@ -27,7 +27,7 @@ from prometheus_client import (
 )
 from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
 from minivllm.engine.llm_engine import LLMEngine
@@ -151,10 +151,10 @@ class Metrics:
         """The queue was full."""
         self._rejections.labels(self._model_name, "max_num_queued_reqs").inc()
 
-    def show(self, accept: str) -> Response:
-        """The page, in the format that the scraper asks for."""
-        encode, content_type = choose_encoder(accept)
-        return Response(encode(self.registry), content_type=content_type)
+    def show(self) -> Response:
+        """The page, as text whatever the scraper prefers: in the OpenMetrics format prometheus_client writes
+        vllm_x for vllm:x, and no dashboard of vLLM's finds its numbers."""
+        return Response(generate_latest(self.registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 class _EngineCollector(Collector):

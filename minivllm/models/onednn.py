@@ -88,6 +88,24 @@ def memory(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=dtype)
 
 
+# ------------------------------------------------------------------ a packed weight as packed_matmul takes it
+def strips(packed: torch.Tensor) -> torch.Tensor:  # opaque -> [out_features / 32, in_features / 2, 32, 2]
+    """A view of the packed weight's memory, valid as long as it lives. Only where `is_in_strips`."""
+    out_features, in_features = packed.shape
+    return memory(packed, packed.dtype).view(-(-out_features // 32), in_features // 2, 32, 2)
+
+
+def is_in_strips(shape: tuple[int, int]) -> bool:
+    """Whether oneDNN packs bfloat16 weights of this shape in strips of 32 rows (it does where the CPU has AMX).
+
+    The layout depends on the shape alone, so a weight of random numbers tells: 2 ms for a million weights.
+    """
+    plain = torch.randn(shape, dtype=torch.bfloat16)  # [out_features, in_features]
+    packed = pack(plain)
+    tiles = find_tiles(packed, plain) if packed.is_mkldnn else None  # tiles of whatever width, one behind the other
+    return tiles is not None and tiles.shape[3:] == (32, 2) and tiles.shape[1] * tiles.shape[2] * 2 == shape[1]
+
+
 # ------------------------------------------------------------------ reading rows of a packed weight
 def read_rows(tiles: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Rows of a packed weight, columns padded to whole tiles.

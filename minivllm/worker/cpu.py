@@ -1,7 +1,7 @@
 """CPUPath: how a step is computed where the tensors already are. The other path is gpu.py: the same three methods.
 
     prepare(batch)   the batch where the model reads it          here: as it is
-    forward(batch)   hidden states of every scheduled token      here: a call of the model
+    forward(batch)   hidden states of every scheduled token      here: a call of the model, or of its whole step
     sample(logits)   one token per row of logits                 here: minivllm/sample, in numpy
 
 Knows no scheduler. Called by model_runner.py. Twin in vLLM: vllm/v1/worker/cpu_model_runner.py.
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from minivllm.kernels.decoder_step import decoder_step, takes
 from minivllm.kernels.paged_attention import KEYS_PER_ITEM, AttentionMetadata
+from minivllm.models.whole_step import decoder_weights
 from minivllm.sample.metadata import SamplingMetadata
 from minivllm.sample.sampler import SamplerOutput, sample
 from minivllm.worker.input_batch import InputBatch
@@ -29,6 +31,7 @@ class CPUPath:
     def __init__(self, model: torch.nn.Module, kv_caches: KVCache):
         self.model: Any = model
         self.kv_caches = kv_caches
+        self.decoder_weights = decoder_weights(model, kv_caches)  # None: steps are computed by the modules only
 
     def compile_kernels(self, block_size: int, *, show_progress: bool = False) -> None:
         """Compute one row behind a context that meets every kernel of a decode.
@@ -45,7 +48,12 @@ class CPUPath:
             block_size=block_size,
         )
         with torch.inference_mode(), tqdm(total=1, desc="Preparing kernels", leave=False, disable=not show_progress):
-            self.model(torch.tensor([0]), torch.tensor([0]), self.kv_caches, metadata)
+            token = torch.tensor([0])  # [1]
+            self.model(token, token, self.kv_caches, metadata)
+            if self.decoder_weights is not None:
+                decoder_step(
+                    self.model.embed(token), *self.model.ropes["default"](token), self.decoder_weights, metadata
+                )
 
     def prepare(self, batch: InputBatch) -> InputBatch:
         """The batch with its tensors on the device. Valid until the next call."""
@@ -53,6 +61,13 @@ class CPUPath:
 
     def forward(self, batch: InputBatch) -> torch.Tensor:  # [num_tokens, hidden_size]
         """Hidden states of a prepared batch; writes its keys and values."""
+        if self.decoder_weights is None or not takes(batch.attention):
+            return self.call_modules(batch)
+        rope = self.model.ropes["default"](batch.positions)
+        return decoder_step(self.model.embed(batch.input_ids), *rope, self.decoder_weights, batch.attention)
+
+    def call_modules(self, batch: InputBatch) -> torch.Tensor:  # [num_tokens, hidden_size]
+        """The same by the modules one after the other: for many rows, and where hooks look into them."""
         hidden_states: torch.Tensor = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attention)
         return hidden_states
 

@@ -177,7 +177,7 @@ class Hooks:
             return path.forward(batch)
         self._step = current = _Step(step, starts[-1], parts, errors)
         try:
-            hidden_states = CPUPath.forward(path, batch)  # on a GPU, too: the replay of a graph calls no module
+            hidden_states = path.call_modules(batch)  # a whole step, and the replay of a graph, call no module
         finally:
             self._step = None
         for state, attached, _ in parts:

@@ -13,9 +13,11 @@ Twin in vLLM: get_kv_cache_configs in vllm/v1/core/kv_cache_utils.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +26,8 @@ from minivllm.errors import ConfigError
 from minivllm.models.layers import KVCacheSpec
 
 KVCache = list[tuple[torch.Tensor, torch.Tensor]]
+# Where Linux says, inside a container, how much memory that may have: control groups of version 2 and 1.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +70,13 @@ class GPUMemory:
     other_bytes: int  # of this process, but not torch's: context, loaded kernels, libraries
 
 
-def device_memory_bytes() -> int:
-    """All RAM of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def device_memory_bytes(limits: Sequence[Path] = CONTAINER_LIMITS) -> int:
+    """All RAM of this machine, or what a container may have of it. limits: files with a number or another word."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in limits:
+        with contextlib.suppress(OSError, ValueError):  # not of this machine's kind; "max"
+            found.append(int(file.read_text()))
+    return min(found)
 
 
 def kv_bytes_per_token(specs: Sequence[KVCacheSpec], dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minivllm.kernels import jit as compiled
-from minivllm.kernels.jit import PerShape, array_at, exp, jit, like, narrow, supports, tanh, widen
+from minivllm.kernels.jit import array_at, constant, exp, jit, like, narrow, supports, tanh, value_of, widen
 from minivllm.kernels.paged_attention import paged_attention
 from tests.kernels.helpers import DTYPES, Request, Shape, as_bits, make_batch, random_values
 from tests.tolerances import COMPILED_EXP
@@ -74,16 +74,14 @@ def test_exp_far_out_and_of_what_is_no_number():
     assert tanhs[:4].tolist() == [-1, -1, 1, 1] and np.isnan(tanhs[4])
 
 
-def test_a_kernel_is_made_once_for_each_shape():
-    made = []
+@jit
+def times(number, factor):
+    return number * value_of(factor)
 
-    @PerShape
-    def make(size: int):
-        made.append(size)
-        return lambda: size
 
-    assert (make(64)(), make(128)(), make(64)()) == (64, 128, 64)
-    assert made == [64, 128]
+def test_a_constant_is_compiled_in():
+    assert [times(3, constant(64)), times(3, constant(128)), times(5, constant(64))] == [192, 384, 320]
+    assert len(times.signatures) == 2
 
 
 def test_without_a_folder_to_write_to_kernels_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch):
@@ -150,3 +148,14 @@ def test_a_second_process_compiles_nothing(tmp_path: Path):
         subprocess.run([sys.executable, "-c", A_STEP], env=environment, check=True)
         kept.append({file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb*")})
     assert len(kept[0]) >= 6 and kept[0] == kept[1]
+
+
+def test_a_change_in_any_file_of_the_kernels_compiles_anew(tmp_path: Path):
+    """A kernel holds the code of those that it calls, and numba looks at the kernel's own file only."""
+    changed = "from minivllm.kernels import jit; jit.SOURCES = (*jit.SOURCES[1:], ('jit.py', 1, 1))\n"
+    kept = []
+    for program in (A_STEP, changed + A_STEP):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+        kept.append({file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nbi")})
+    assert kept[0].keys() == kept[1].keys() and all(kept[0][file] < kept[1][file] for file in kept[0])

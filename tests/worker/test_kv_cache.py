@@ -6,7 +6,13 @@ import torch
 from minivllm.config import CacheConfig
 from minivllm.errors import ConfigError
 from minivllm.models.layers import KVCacheSpec
-from minivllm.worker.kv_cache import allocate_kv_caches, kv_bytes_per_token, plan_kv_cache, poison_blocks
+from minivllm.worker.kv_cache import (
+    allocate_kv_caches,
+    device_memory_bytes,
+    kv_bytes_per_token,
+    plan_kv_cache,
+    poison_blocks,
+)
 
 SMOLLM2 = [KVCacheSpec(3, 64)] * 30
 
@@ -48,3 +54,14 @@ def test_poison_reaches_the_named_blocks_only():
             cache.zero_()
     poison_blocks(caches, [1, 3])
     assert caches[0][0].isnan().flatten(2).any(-1).tolist() == [[False, True, False, True]] * 2
+
+
+def test_a_containers_limit_counts_where_it_has_one(tmp_path):
+    limit, none, missing = tmp_path / "memory.max", tmp_path / "none", tmp_path / "missing"
+    limit.write_text("1048576\n")
+    none.write_text("max\n")
+    machine = device_memory_bytes(())
+    assert device_memory_bytes((none, missing)) == machine > 1048576
+    assert device_memory_bytes((none, limit, missing)) == 1048576
+    limit.write_text(f"{2**63 - 4096}\n")  # no limit, as version 1 says it
+    assert device_memory_bytes((limit,)) == machine

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivllm.kernels.jit import PerShape, array_at, exp, jit, like, narrow, prange, tanh, widen
+from minivllm.kernels.jit import array_at, constant, exp, jit, like, narrow, prange, tanh, value_of, widen
 from minivllm.kernels.paged_attention.cpu_plan import RowPlan
+from minivllm.kernels.paged_attention.cpu_rows_amx import attend_with_amx, can_use_amx
 
 
 def attend_rows(
@@ -42,12 +43,14 @@ def attend_rows(
     num_kv_heads, num_blocks, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     kind = like(query)
-    _attend(head_size if head_size in COMMON_HEAD_SIZES else 0)(
+    kernel = attend_with_amx if can_use_amx(query.dtype, head_size) else attend
+    kernel(
         query.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         out.data_ptr(),
         (num_tokens, num_kv_heads, num_blocks, block_size, group, head_size),
+        known_head_size(head_size),
         plan.block_table,
         plan.items,
         (scale, soft_cap or 0.0),
@@ -58,13 +61,19 @@ def attend_rows(
         kind,
     )
     if plan.has_shared_rows:
-        _merge(plan.items, plan.chunks, plan.attended, plan.totals, group, out.data_ptr(), num_tokens, kind)
+        merge(plan.items, plan.chunks, plan.attended, plan.totals, group, out.data_ptr(), num_tokens, kind)
 
 
 TILE_KEYS = 16  # turned into float32 at a time; fixed, so that the block size changes no bit
 # Four of them are multiplied at once below: a query's value is loaded once for four keys, and the row of sums is
 # written once for four values (a tenth faster).
 COMMON_HEAD_SIZES = (64, 128)  # with loops of known length a fifth faster
+UNKNOWN = 1
+
+
+def known_head_size(head_size: int) -> np.ndarray:  # [0]
+    """As `attend` takes it."""
+    return constant(head_size if head_size in COMMON_HEAD_SIZES else UNKNOWN)
 
 
 @jit(inline="always")
@@ -91,107 +100,105 @@ def _load_tile(
             tile[j, d] = 0
 
 
-@PerShape
-def _attend(known_head_size: int) -> Any:
-    @jit(parallel=True)
-    def attend(
-        query: int,
-        k_cache: int,
-        v_cache: int,
-        out: int,  # written
-        sizes: tuple[int, ...],  # num_tokens, num_kv_heads, num_blocks, block_size, group, head_size
-        block_table: Any,  # [num_reqs, max_blocks_per_req]
-        items: Any,  # [num_items, 7]
-        score_options: tuple[float, float],  # scale, and soft cap or 0
-        slopes: Any,  # [num_heads]
-        window: int,
-        attended: Any,  # [num_items, num_kv_heads, rows * group, head_size] written
-        totals: Any,  # [num_items, num_kv_heads, rows * group, 2] written: largest score, sum of weights
-        like: Any,
-    ) -> None:
-        num_tokens, num_kv_heads, num_blocks, block_size, group, head_size = sizes
-        if known_head_size > 0:
-            head_size = known_head_size
-        scale, cap = np.float32(score_options[0]), np.float32(score_options[1])
-        queries = array_at(query, (num_tokens, num_kv_heads, group, head_size), like)
-        keys = array_at(k_cache, (num_kv_heads, num_blocks, block_size, head_size), like)
-        values = array_at(v_cache, (num_kv_heads, num_blocks, block_size, head_size), like)
-        outs = array_at(out, (num_tokens, num_kv_heads, group, head_size), like)
-        for work in prange(len(items) * num_kv_heads):
-            item, head = work // num_kv_heads, work % num_kv_heads
-            request, first_row, num_rows, position, first_key, end_key, is_alone = items[item]
-            num_queries = num_rows * group
-            q = np.empty((num_queries, head_size), np.float32)
-            num_tiles = (end_key - first_key + TILE_KEYS - 1) // TILE_KEYS
-            weights = np.empty((num_queries, num_tiles * TILE_KEYS), np.float32)
-            tile = np.empty((TILE_KEYS, head_size), np.float32)
+@jit(parallel=True)
+def attend(
+    query: int,
+    k_cache: int,
+    v_cache: int,
+    out: int,  # written
+    sizes: tuple[int, ...],  # num_tokens, num_kv_heads, num_blocks, block_size, group, head_size
+    known_head_size: Any,  # the head size as a constant, where it is a common one
+    block_table: Any,  # [num_reqs, max_blocks_per_req]
+    items: Any,  # [num_items, 7]
+    score_options: tuple[float, float],  # scale, and soft cap or 0
+    slopes: Any,  # [num_heads]
+    window: int,
+    attended: Any,  # [num_items, num_kv_heads, rows * group, head_size] written
+    totals: Any,  # [num_items, num_kv_heads, rows * group, 2] written: largest score, sum of weights
+    like: Any,
+) -> None:
+    """The items' attention: rows that are alone in an item to `out`, the others to `attended` for merge."""
+    num_tokens, num_kv_heads, num_blocks, block_size, group, head_size = sizes
+    if value_of(known_head_size) > UNKNOWN:
+        head_size = value_of(known_head_size)
+    scale, cap = np.float32(score_options[0]), np.float32(score_options[1])
+    queries = array_at(query, (num_tokens, num_kv_heads, group, head_size), like)
+    keys = array_at(k_cache, (num_kv_heads, num_blocks, block_size, head_size), like)
+    values = array_at(v_cache, (num_kv_heads, num_blocks, block_size, head_size), like)
+    outs = array_at(out, (num_tokens, num_kv_heads, group, head_size), like)
+    for work in prange(len(items) * num_kv_heads):
+        item, head = work // num_kv_heads, work % num_kv_heads
+        request, first_row, num_rows, position, first_key, end_key, is_alone = items[item]
+        num_queries = num_rows * group
+        q = np.empty((num_queries, head_size), np.float32)
+        num_tiles = (end_key - first_key + TILE_KEYS - 1) // TILE_KEYS
+        weights = np.empty((num_queries, num_tiles * TILE_KEYS), np.float32)
+        tile = np.empty((TILE_KEYS, head_size), np.float32)
+        for i in range(num_queries):
+            for d in range(head_size):
+                q[i, d] = widen(queries[first_row + i // group, head, i % group, d]) * scale
+
+        first_tile = max(0, position + 1 - window - first_key) // TILE_KEYS  # that any of the rows sees
+
+        for t in range(first_tile, num_tiles):
+            start = first_key + t * TILE_KEYS
+            _load_tile(keys, head, block_table[request], start, end_key, head_size, tile)
             for i in range(num_queries):
-                for d in range(head_size):
-                    q[i, d] = widen(queries[first_row + i // group, head, i % group, d]) * scale
-
-            first_tile = max(0, position + 1 - window - first_key) // TILE_KEYS  # that any of the rows sees
-
-            for t in range(first_tile, num_tiles):
-                start = first_key + t * TILE_KEYS
-                _load_tile(keys, head, block_table[request], start, end_key, head_size, tile)
-                for i in range(num_queries):
-                    for j in range(0, TILE_KEYS, 4):
-                        one = two = three = four = np.float32(0)
-                        for d in range(head_size):
-                            one += q[i, d] * tile[j, d]
-                            two += q[i, d] * tile[j + 1, d]
-                            three += q[i, d] * tile[j + 2, d]
-                            four += q[i, d] * tile[j + 3, d]
-                        scores = weights[i, t * TILE_KEYS + j :]
-                        scores[0], scores[1], scores[2], scores[3] = one, two, three, four
-
-            for i in range(num_queries):
-                row = position + i // group  # its position; it sees keys row - window + 1 .. row
-                low = max(0, row + 1 - window - first_key)
-                seen = weights[i, low : max(low, min(end_key, row + 1) - first_key)]  # [keys that this row sees]
-                slope = slopes[head * group + i % group]
-                if cap > 0:
-                    for j in range(len(seen)):
-                        seen[j] = cap * tanh(seen[j] / cap)
-                if slope != 0:
-                    for j in range(len(seen)):
-                        seen[j] -= slope * np.float32(row - first_key - low - j)
-                largest, total = np.float32(-np.inf), np.float32(0)
-                for j in range(len(seen)):
-                    largest = seen[j] if seen[j] > largest else largest
-                for j in range(len(seen)):
-                    seen[j] = exp(seen[j] - largest)
-                    total += seen[j]
-                weights[i, :low] = 0
-                weights[i, low + len(seen) :] = 0
-                totals[item, head, i, 0], totals[item, head, i, 1] = largest, total
-                for d in range(head_size):
-                    q[i, d] = 0  # from here on the sum of weighted values
-
-            for t in range(first_tile, num_tiles):
-                start = first_key + t * TILE_KEYS
-                _load_tile(values, head, block_table[request], start, end_key, head_size, tile)
-                for i in range(num_queries):
-                    for j in range(0, TILE_KEYS, 4):
-                        four_weights = weights[i, t * TILE_KEYS + j :]
-                        one, two, three, four = four_weights[0], four_weights[1], four_weights[2], four_weights[3]
-                        for d in range(head_size):
-                            first = one * tile[j, d] + two * tile[j + 1, d]
-                            q[i, d] += first + three * tile[j + 2, d] + four * tile[j + 3, d]
-            for i in range(num_queries):
-                if is_alone:  # no other item about these rows
-                    share = np.float32(1) / totals[item, head, i, 1]
+                for j in range(0, TILE_KEYS, 4):
+                    one = two = three = four = np.float32(0)
                     for d in range(head_size):
-                        outs[first_row + i // group, head, i % group, d] = narrow(q[i, d] * share, like)
-                else:
-                    for d in range(head_size):
-                        attended[item, head, i, d] = q[i, d]
+                        one += q[i, d] * tile[j, d]
+                        two += q[i, d] * tile[j + 1, d]
+                        three += q[i, d] * tile[j + 2, d]
+                        four += q[i, d] * tile[j + 3, d]
+                    scores = weights[i, t * TILE_KEYS + j :]
+                    scores[0], scores[1], scores[2], scores[3] = one, two, three, four
 
-    return attend
+        for i in range(num_queries):
+            row = position + i // group  # its position; it sees keys row - window + 1 .. row
+            low = max(0, row + 1 - window - first_key)
+            seen = weights[i, low : max(low, min(end_key, row + 1) - first_key)]  # [keys that this row sees]
+            slope = slopes[head * group + i % group]
+            if cap > 0:
+                for j in range(len(seen)):
+                    seen[j] = cap * tanh(seen[j] / cap)
+            if slope != 0:
+                for j in range(len(seen)):
+                    seen[j] -= slope * np.float32(row - first_key - low - j)
+            largest, total = np.float32(-np.inf), np.float32(0)
+            for j in range(len(seen)):
+                largest = seen[j] if seen[j] > largest else largest
+            for j in range(len(seen)):
+                seen[j] = exp(seen[j] - largest)
+                total += seen[j]
+            weights[i, :low] = 0
+            weights[i, low + len(seen) :] = 0
+            totals[item, head, i, 0], totals[item, head, i, 1] = largest, total
+            for d in range(head_size):
+                q[i, d] = 0  # from here on the sum of weighted values
+
+        for t in range(first_tile, num_tiles):
+            start = first_key + t * TILE_KEYS
+            _load_tile(values, head, block_table[request], start, end_key, head_size, tile)
+            for i in range(num_queries):
+                for j in range(0, TILE_KEYS, 4):
+                    four_weights = weights[i, t * TILE_KEYS + j :]
+                    one, two, three, four = four_weights[0], four_weights[1], four_weights[2], four_weights[3]
+                    for d in range(head_size):
+                        first = one * tile[j, d] + two * tile[j + 1, d]
+                        q[i, d] += first + three * tile[j + 2, d] + four * tile[j + 3, d]
+        for i in range(num_queries):
+            if is_alone:  # no other item about these rows
+                share = np.float32(1) / totals[item, head, i, 1]
+                for d in range(head_size):
+                    outs[first_row + i // group, head, i % group, d] = narrow(q[i, d] * share, like)
+            else:
+                for d in range(head_size):
+                    attended[item, head, i, d] = q[i, d]
 
 
 @jit
-def _merge(
+def merge(
     items: Any,  # [num_items, 7]
     chunks: Any,  # [num_chunks + 1]
     attended: Any,  # [num_items, num_kv_heads, rows * group, head_size] changed

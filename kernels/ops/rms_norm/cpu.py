@@ -22,12 +22,12 @@ def rms_norm(
     out = torch.empty_like(x)
     addresses = (x.data_ptr(), addend.data_ptr(), total.data_ptr(), out.data_ptr(), weight.data_ptr())
     size = x.shape[-1]
-    _norm(*addresses, x.numel() // size, size, residual is not None, eps, float(add_one), like(x))
+    norm_rows(*addresses, x.numel() // size, size, residual is not None, eps, float(add_one), like(x))
     return out, total
 
 
 @jit(parallel=True)
-def _norm(
+def norm_rows(
     x: int,
     residual: int,
     total: int,  # written where there is a residual, else it is x
@@ -40,6 +40,7 @@ def _norm(
     plus: float,  # 1 for Gemma's 1 + weight
     like: Any,
 ) -> None:
+    """total = x + residual, out = its norm, row by row."""
     rows, residuals = array_at(x, (num_rows, size), like), array_at(residual, (num_rows, size), like)
     totals, outs = array_at(total, (num_rows, size), like), array_at(out, (num_rows, size), like)
     weights = array_at(weight, (size,), like)

@@ -1,0 +1,176 @@
+"""decoder_step in one compiled call: the loop over the layers, and in it the kernels of the single operations.
+
+Python runs once per step instead of once per operation. That saves more than its own time: megabytes of weights go
+through the caches between two operations, and what Python and torch need to start the next one has to come back from
+memory. A small operation costs three to five times there what it costs alone (benchmarks/LOG.md).
+
+Called by the package. Twin in vLLM: none; a CUDA graph of the step does the same on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from minivllm.kernels.decoder_step.weights import DecoderWeights
+from minivllm.kernels.jit import FLOAT32, array_at, jit, like, narrow, use_torch_threads, widen
+from minivllm.kernels.packed_matmul.cpu import multiply, multiply_and_gate, padded
+from minivllm.kernels.paged_attention.cpu_plan import LayerShape, StepPlan, plan_layer
+from minivllm.kernels.paged_attention.cpu_rows import known_head_size, merge
+from minivllm.kernels.paged_attention.cpu_rows_amx import attend_with_amx
+from minivllm.kernels.paged_attention.metadata import AttentionMetadata
+from minivllm.kernels.rms_norm.cpu import norm_rows
+
+
+def decoder_step(
+    hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+    cos: torch.Tensor,  # [num_tokens, head_size]
+    sin: torch.Tensor,  # [num_tokens, head_size]
+    weights: DecoderWeights,
+    metadata: AttentionMetadata,
+) -> torch.Tensor:  # [num_tokens, hidden_size]
+    """See the package's docstring. Fills metadata.plan."""
+    if metadata.plan is None:
+        use_torch_threads()
+        metadata.plan = StepPlan(metadata)
+    assert isinstance(metadata.plan, StepPlan), metadata.plan
+    shape, num_rows = weights.shape, len(hidden_states)
+    num_kv_heads, num_blocks, block_size, head_size = weights.layers[0].k_cache.shape
+    group = shape.num_heads // num_kv_heads
+    layer_shape = LayerShape(
+        num_kv_heads, group, head_size, hidden_states.dtype, shape.sliding_window, False, metadata.batch_invariant
+    )
+    rows = metadata.plan.derive(plan_layer, layer_shape, metadata.block_table).rows
+    assert rows is not None
+    residual, out = hidden_states.contiguous(), torch.empty_like(hidden_states)
+    workspace = _workspace(num_rows, weights)  # alive until the call returns
+    run_layers(
+        (residual.data_ptr(), out.data_ptr(), weights.last_norm.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+        weights.addresses,
+        (shape.hidden_size, shape.num_heads, shape.qkv_size, shape.intermediate_size),
+        (num_rows, num_kv_heads, num_blocks, block_size, group, head_size),
+        shape.eps,
+        metadata.slot_mapping.numpy(),
+        (rows.block_table, rows.items),
+        ((shape.scale, 0.0), rows.no_slopes, rows.window),
+        (rows.attended, rows.totals),
+        rows.chunks,
+        rows.has_shared_rows,
+        known_head_size(head_size),
+        tuple(buffer.ctypes.data for buffer in workspace),
+        like(hidden_states),
+    )
+    return out
+
+
+def _workspace(num_rows: int, weights: DecoderWeights) -> tuple[np.ndarray, ...]:
+    """What a layer leaves behind for the next operation: hidden, normed, qkv, query, attended, gated.
+
+    The left-hand sides of products have whole tiles of rows, zeros where there is none.
+    """
+    shape, whole = weights.shape, padded(num_rows)
+    query_size = shape.num_heads * shape.head_size
+    widths = (shape.hidden_size, shape.hidden_size, shape.qkv_size, query_size, query_size, shape.intermediate_size)
+    return tuple(np.zeros((whole, width), np.uint16) for width in widths)
+
+
+@jit
+def run_layers(
+    ends: tuple[int, ...],  # addresses of: embedding, result, last norm, cos, sin
+    layers: Any,  # [num_layers, 11], the fields of DecoderLayer
+    sizes: tuple[int, ...],  # hidden_size, num_heads, qkv_size, intermediate_size
+    cache_sizes: tuple[int, ...],  # num_rows, num_kv_heads, num_blocks, block_size, group, head_size
+    eps: float,
+    slot_mapping: Any,  # [num_rows] int64
+    contexts: tuple[Any, ...],  # block table and items, as `attend` takes them; so are the next two
+    scoring: tuple[Any, ...],  # scale and soft cap, slopes, window
+    partial: tuple[Any, ...],  # what items leave behind for merge
+    chunks: Any,
+    has_shared_rows: bool,
+    known_head_size: Any,
+    workspace: tuple[int, ...],  # addresses; hidden holds zeros
+    like: Any,
+) -> None:
+    """The step. Addresses are those of dense tensors as the package's docstring shapes them."""
+    residual, out, last_norm, cos, sin = ends
+    num_rows, num_kv_heads, _, _, _, head_size = cache_sizes
+    hidden_size, num_heads, qkv_size, intermediate_size = sizes
+    hidden, normed, qkv, query, attended, gated = workspace
+
+    for number in range(len(layers)):
+        input_norm, post_norm, q_norm, k_norm, k_cache, v_cache = layers[number, :6]
+        w_qkv, w_o, w_gate_up, w_down, qkv_bias, o_bias, gate_up_bias, down_bias = layers[number, 6:]
+        add_and_norm(hidden, residual, input_norm, normed, num_rows, hidden_size, eps, like)
+        multiply(normed, w_qkv, qkv_bias, qkv, (num_rows, hidden_size, qkv_size), like)
+        norms, caches = (q_norm, k_norm), (k_cache, v_cache)
+        rotate_and_keep(qkv, query, (cos, sin), slot_mapping, norms, eps, caches, cache_sizes, num_heads, like)
+        attention = (query, k_cache, v_cache, attended)
+        attend_with_amx(*attention, cache_sizes, known_head_size, *contexts, *scoring, *partial, like)
+        if has_shared_rows:
+            merge(contexts[1], chunks, *partial, num_heads // num_kv_heads, attended, num_rows, like)
+        multiply(attended, w_o, o_bias, hidden, (num_rows, num_heads * head_size, hidden_size), like)
+        add_and_norm(hidden, residual, post_norm, normed, num_rows, hidden_size, eps, like)
+        multiply_and_gate(normed, w_gate_up, gate_up_bias, gated, (num_rows, hidden_size, intermediate_size), like)
+        multiply(gated, w_down, down_bias, hidden, (num_rows, intermediate_size, hidden_size), like)
+    add_and_norm(hidden, residual, last_norm, out, num_rows, hidden_size, eps, like)
+
+
+@jit(inline="always")
+def add_and_norm(
+    hidden: int, residual: int, weight: int, out: int, num_rows: int, size: int, eps: float, like: Any
+) -> None:
+    """residual += hidden; out = norm(residual)"""
+    has_residual = num_rows > 0  # a literal True would be a type of its own, and norm_rows compiled once more
+    norm_rows(hidden, residual, residual, out, weight, num_rows, size, has_residual, eps, 0.0, like)
+
+
+@jit
+def rotate_and_keep(
+    qkv: int,  # [num_rows, (num_heads + 2 * num_kv_heads) * head_size] changed: heads are normed in place
+    query: int,  # [num_rows, num_heads, head_size] written: rotated
+    angles: tuple[int, ...],  # cos and sin: [num_rows, head_size] fp32
+    slot_mapping: Any,  # [num_rows]
+    norms: tuple[int, ...],  # of q and k: [head_size], or 0
+    eps: float,
+    caches: tuple[int, ...],  # of k and v, written: rotated keys, values
+    cache_sizes: tuple[int, ...],
+    num_heads: int,
+    like: Any,
+) -> None:
+    """rms_norm of the heads where the model has it, rotary_embedding, reshape_and_cache."""
+    num_rows, num_kv_heads, num_blocks, block_size, _, head_size = cache_sizes
+    half = head_size // 2
+    rows = array_at(qkv, (num_rows, num_heads + 2 * num_kv_heads, head_size), like)
+    queries = array_at(query, (num_rows, num_heads, head_size), like)
+    cosines = array_at(angles[0], (num_rows, head_size), FLOAT32)
+    sines = array_at(angles[1], (num_rows, head_size), FLOAT32)
+    keys = array_at(caches[0], (num_kv_heads, num_blocks * block_size, head_size), like)
+    values = array_at(caches[1], (num_kv_heads, num_blocks * block_size, head_size), like)
+    for row in range(num_rows):
+        slot = slot_mapping[row]
+        for head in range(num_heads + num_kv_heads if slot >= 0 else num_heads):
+            is_query = head < num_heads
+            weight = norms[0] if is_query else norms[1]
+            if weight != 0:
+                norm_head(rows[row, head], array_at(weight, (head_size,), like), eps, like)
+            target = queries[row, head] if is_query else keys[head - num_heads, slot]
+            for i in range(half):
+                a, b = widen(rows[row, head, i]), widen(rows[row, head, half + i])
+                target[i] = narrow(a * cosines[row, i] + b * sines[row, i], like)
+                target[half + i] = narrow(b * cosines[row, half + i] + a * sines[row, half + i], like)
+        for head in range(num_kv_heads if slot >= 0 else 0):
+            for i in range(head_size):
+                values[head, slot, i] = rows[row, num_heads + num_kv_heads + head, i]
+
+
+@jit
+def norm_head(values: Any, weight: Any, eps: float, like: Any) -> None:  # [head_size] in place, [head_size]
+    """rms_norm of one head, values [head_size] in place; weight: [head_size]."""
+    squares = np.float32(0)
+    for i in range(len(values)):
+        squares += widen(values[i]) * widen(values[i])
+    scale = np.float32(1) / np.sqrt(squares / np.float32(len(values)) + np.float32(eps))
+    for i in range(len(values)):
+        values[i] = narrow(widen(values[i]) * scale * widen(weight[i]), like)
