@@ -63,7 +63,7 @@ class Offline:
     def __init__(self, model: Path | None, dtype: str) -> None:
         command = [sys.executable, __file__, OFFLINE, str(model or ""), dtype]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
         assert self.process.stdout and self.process.stdout.readline() == "ready\n"
 
@@ -84,7 +84,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,
+            process_group=0,
         )
         assert self.process.stdout
         self.url = urlsplit(json.loads(self.process.stdout.readline())["url"])
@@ -135,7 +135,7 @@ class VllmServer(Server):
         environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         with log_file.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
+                command, stdout=log, stderr=log, env=os.environ | environment, process_group=0
             )
         self.url = urlsplit(f"http://127.0.0.1:{port}")
         while not self._is_ready():

@@ -26,7 +26,7 @@ SCHEDULING_POLICIES = ("fcfs", "priority")
 # What weights become on loading; gguf: what they are in the file; +bf16: and bfloat16, for steps of many tokens.
 QUANTIZATIONS = ("int8", "int4", "gguf", "int4+bf16", "gguf+bf16")
 GENERATION_CONFIGS = ("auto", "vllm")  # the model's own sampling defaults, or none
-EXECUTOR_BACKENDS = ("mp",)  # processes of this machine, or of torchrun
+EXECUTOR_BACKENDS = ("mp", "ray")  # mp: processes of this machine, or of torchrun
 SPECULATIVE_METHODS = ("ngram", "draft_model")
 DEFAULT_CPU_SHARE, DEFAULT_GPU_SHARE = 0.25, 0.92  # gpu_memory_utilization: a GPU is nobody else's
 DEFAULT_MAX_MODEL_LEN = 8192  # upper bound for the default: a long context is asked for, not stumbled into
@@ -228,12 +228,6 @@ class ParallelConfig:
                     "balancer.",
                     parameter=name,
                 )
-        if self.distributed_executor_backend == "ray":
-            raise ConfigError(
-                "distributed_executor_backend must be mp, got 'ray': ranks on Ray are not built. For several machines "
-                "start the ranks with torchrun (docs/parallel.md).",
-                parameter="distributed_executor_backend",
-            )
         _check_choice("distributed_executor_backend", self.distributed_executor_backend, EXECUTOR_BACKENDS)
 
 

@@ -58,7 +58,8 @@ class LLM:
         speculative_config: guess tokens ahead, to be faster: {"method": "ngram", "num_speculative_tokens": 6}, or
             {"method": "draft_model", "model": "a smaller one", ...}; all fields: config.SpeculativeConfig.
         tensor_parallel_size: this many devices compute one model, each with a part of it: docs/parallel.md.
-        distributed_executor_backend: who starts their processes: "mp", this one.
+        distributed_executor_backend: who starts their processes: "mp", this one; "ray", Ray, on any machine of its
+            cluster.
         quantization: None: weights in dtype. "int8", "int4": rounded to so many bits. "gguf": a .gguf file's weights of
             4 and 8 bits as they are. Faster for a few requests at a time, not the same numbers, and less memory;
             "int4+bf16", "gguf+bf16": more memory, and as fast as without for many requests.

@@ -226,7 +226,11 @@ def test_the_examples_read_the_key_from_the_variable_that_has_it(monkeypatch: py
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--distributed-executor-backend", "ray"), 1, "distributed_executor_backend must be mp, got 'ray'"),
+        (
+            ("--distributed-executor-backend", "uni"),
+            1,
+            "distributed_executor_backend must be one of mp, ray, got 'uni'",
+        ),
         (("--pipeline-parallel-size", "2"), 1, "pipeline_parallel_size must be 1, got 2"),
         (("--data-parallel-size", "2"), 1, "data_parallel_size must be 1, got 2"),
         (("-tp", "0"), 1, "tensor_parallel_size must be an integer in [1, "),

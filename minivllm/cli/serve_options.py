@@ -213,7 +213,7 @@ ExecutorBackendOption = Annotated[
     typer.Option(
         "--distributed-executor-backend",
         metavar="NAME",
-        help="Who starts the processes of several devices: mp (this one), or start them all with torchrun.",
+        help="Who starts the processes of several devices: mp (this one) or ray; or start them all with torchrun.",
         rich_help_panel=PARALLEL,
     ),
 ]

@@ -126,9 +126,13 @@ def serve(
     from minivllm.entrypoints.server import Engines, Server
     from minivllm.entrypoints.server import serve as run_server
     from minivllm.worker.ranks import is_another_rank
+    from minivllm.worker.ray_actors import connect_to_ray
 
     if is_another_rank():  # of torchrun: it computes for rank 0 until that ends, and serves nobody
         load_engines(ctx)
+
+    if tensor_parallel_size > 1 and distributed_executor_backend == "ray":
+        connect_to_ray(tensor_parallel_size)  # here: Ray ends with the thread that has started it
 
     def start() -> Engines:
         generating, embedding = load_engines(ctx)

@@ -435,7 +435,8 @@ class LLMEngine:
         max_len = model_config.max_model_len
         if tensor_parallel_size > 1:
             model_of = (facts.source, facts.hf_config, model_options, max_len, settings)
-            executor: Executor = ParallelExecutor.load(tensor_parallel_size, *model_of, show_progress=show_progress)
+            how: dict[str, Any] = {"backend": distributed_executor_backend, "show_progress": show_progress}
+            executor: Executor = ParallelExecutor.load(tensor_parallel_size, *model_of, **how)
         else:
             loaded = loader.load_model(facts.source, facts.hf_config, model_options, show_progress=show_progress)
             executor = Executor(loaded, facts.dtype, max_len, draft_model=draft_model, device=torch_device, **settings)

@@ -26,7 +26,7 @@ from minivllm.models.layers import KVCacheSpec
 from minivllm.models.linear import ModelOptions, weight_bytes
 from minivllm.models.parallel import TensorParallel, bytes_per_token, check_size
 from minivllm.outputs import ModelRunnerOutput, SchedulerOutput
-from minivllm.worker import gpu, rank_process
+from minivllm.worker import gpu, rank_process, ray_actors
 from minivllm.worker.executor import Executor
 from minivllm.worker.kv_cache import GPUMemory, KVCachePlan
 from minivllm.worker.model_runner import GrammarBitmask
@@ -62,14 +62,18 @@ class ParallelExecutor(Executor):
         max_model_len: int,
         settings: dict[str, Any],
         *,
+        backend: str = "mp",
         show_progress: bool = False,
     ) -> ParallelExecutor:
         """Start or join the ranks, and have each read its part. settings: Executor's, plain values.
 
+        backend: who starts them, as ParallelConfig's distributed_executor_backend.
+
         On a rank that torchrun has started this returns only by SystemExit, when rank 0 has ended.
         Raises ConfigError.
         """
-        ranks = connect(size, options.device.type)
+        start = ray_actors.start if backend == "ray" else connect
+        ranks = start(size, options.device.type)
         if ranks.rank > 0:
             raise SystemExit(rank_process.follow_rank_0(ranks, options.device.type))
         try:

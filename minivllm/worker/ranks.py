@@ -8,11 +8,12 @@ the other way. Who started the ranks decides what they compute through (collecti
 
     rank 0, with as many processes as it needs     CPU: shared memory. GPU: NCCL
     torchrun, or whoever set RANK and WORLD_SIZE   CPU: gloo. GPU: NCCL. Over several machines as well
+    Ray, as rank 0 asked it (ray_actors.py)        the same
 
 A rank that ends closes its connections, so every other one that waits for it gets an error at once and ends as well.
 
-Knows no model. Called by parallel_executor.py and rank_process.py. Twin in vLLM: MultiprocExecutor and its
-MessageQueue in vllm/v1/executor/multiproc_executor.py.
+Knows no model. Called by parallel_executor.py, rank_process.py and ray_actors.py. Twin in vLLM: MultiprocExecutor and
+its MessageQueue in vllm/v1/executor/multiproc_executor.py.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,19 @@ IDLE_DAYS = 24  # between two calls, while there is no request; gloo counts mill
 _LENGTH_BYTES, _FIRST_BYTES = 8, 4096  # most calls are one message of this size
 
 
+class Process(Protocol):
+    """Another rank, to whoever has started it: a subprocess.Popen, or a thing with the same three methods."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, when it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
 class Ranks:
     """One rank's connection to the others. All methods raise EngineDeadError when a rank is gone.
 
@@ -61,7 +75,7 @@ class Ranks:
         *,
         store: dist.Store | None = None,
         collectives: SharedMemoryCollectives | None = None,
-        processes: Mapping[int, subprocess.Popen[bytes]] | None = None,
+        processes: Mapping[int, Process] | None = None,
     ):
         self.rank, self.size = rank, size
         self.processes = dict(processes or {})
@@ -144,14 +158,14 @@ def connect(size: int, device_type: str, *, share_memory: bool = True) -> Ranks:
     Raises ConfigError where they cannot be started or do not fit.
     """
     if dist.is_initialized():
-        raise _refused(size, "a process has one engine over several devices at a time, and this one has")
+        raise refused(size, "a process has one engine over several devices at a time, and this one has")
     if "RANK" in os.environ:
         rank, world_size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
         if world_size != size:
-            raise _refused(size, f"WORLD_SIZE is {world_size}: start as many processes as there are ranks")
+            raise refused(size, f"WORLD_SIZE is {world_size}: start as many processes as there are ranks")
         return Ranks(rank, size, device_type)
     if device_type == "cuda" and size > torch.cuda.device_count():
-        raise _refused(size, f"this machine has {torch.cuda.device_count()} GPUs, and every rank needs one")
+        raise refused(size, f"this machine has {torch.cuda.device_count()} GPUs, and every rank needs one")
     return _start(size, device_type, share_memory and device_type != "cuda")
 
 
@@ -165,22 +179,22 @@ def is_another_rank() -> bool:
     return int(os.environ.get("RANK", "0")) > 0
 
 
-def _refused(size: int, why: str) -> ConfigError:
+def refused(size: int, why: str) -> ConfigError:
+    """The error for whoever asked for so many."""
     return ConfigError(f"tensor_parallel_size is {size}, but {why}.", parameter="tensor_parallel_size")
 
 
 # ------------------------------------------------------------------ starting and ending processes
 def _start(size: int, device_type: str, share_memory: bool) -> Ranks:
     """Ranks 1 .. size - 1 as processes of this machine, each with its share of the threads."""
-    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-    num_threads = max(1, torch.get_num_threads() // size)
-    torch.set_num_threads(num_threads)
+    store = _open_store("127.0.0.1", size)
+    num_threads = _share_threads(size)
     memory = os.memfd_create("minivllm-ranks")  # of no file system: a container's /dev/shm may be small
     os.ftruncate(memory, shared_bytes(size))
     sockets: dict[int, dict[int, socket.socket]] = {rank: {} for rank in range(size)}  # of each rank, to each other
     for low, high in itertools.combinations(range(size) if share_memory else (), 2):
         sockets[low][high], sockets[high][low] = socket.socketpair()
-    processes: dict[int, subprocess.Popen[bytes]] = {}
+    processes: dict[int, Process] = {}
     try:
         for rank in range(1, size):
             numbers = [str(number) for number in (rank, size, store.port, memory)]
@@ -207,13 +221,57 @@ def _start(size: int, device_type: str, share_memory: bool) -> Ranks:
         os.close(memory)  # mapped by now
 
 
+def start_elsewhere(
+    size: int, device_type: str, host: str, launch: Callable[[int, int], Mapping[int, Process]]
+) -> Ranks:
+    """Rank 0 of processes that somebody else starts, on this machine or another.
+
+    host: where the others reach this process. launch(port, num_threads): start ranks 1 .. size - 1, each of which calls
+    join_elsewhere with that port.
+
+    Raises ConfigError.
+    """
+    if dist.is_initialized():
+        raise refused(size, "a process has one engine over several devices at a time, and this one has")
+    store = _open_store(host, size)
+    processes = launch(store.port, _share_threads(size))
+    try:
+        _wait_for_the_start(store, processes)
+        return Ranks(0, size, device_type, store=store, processes=processes)
+    except BaseException:
+        _end(processes)
+        raise
+
+
+def join_elsewhere(device_type: str, rank: int, size: int, host: str, port: int) -> Ranks:
+    """The other end of start_elsewhere."""
+    return Ranks(rank, size, device_type, store=_join_store(host, port, rank, size))
+
+
+def _share_threads(size: int) -> int:
+    """This rank takes its share of this process's threads; how many that is."""
+    num_threads = max(1, torch.get_num_threads() // size)
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def _open_store(host: str, size: int) -> dist.TCPStore:
+    return dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+
+
+def _join_store(host: str, port: int, rank: int, size: int) -> dist.Store:
+    """Rank 0's; it hears that this rank has started."""
+    store = dist.TCPStore(host, port, size, is_master=False)
+    store.set(_started_key(rank), "")
+    return store
+
+
 def join(arguments: list[str]) -> Ranks:
     """The other end of `_start`: device type, rank, size, port, descriptor of the memory, and RANK:DESCRIPTOR of each
     socket, none where nothing is shared."""
     device_type, *numbers = arguments[:5]
     rank, size, port, memory = (int(number) for number in numbers)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
-    store.set(_started_key(rank), "")
+    store = _join_store("127.0.0.1", port, rank, size)
     files = {int(peer): int(file) for peer, _, file in (argument.partition(":") for argument in arguments[5:])}
     sockets = {peer: socket.socket(fileno=file) for peer, file in files.items()}
     collectives = SharedMemoryCollectives(rank, memory, sockets) if sockets else None
@@ -224,17 +282,17 @@ def _started_key(rank: int) -> str:
     return f"started/{rank}"
 
 
-def _wait_for_the_start(store: dist.Store, processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
+def _wait_for_the_start(store: dist.Store, processes: Mapping[int, Process]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not store.check([_started_key(rank) for rank in processes]):
         ended = [rank for rank, process in processes.items() if process.poll() is not None]
         if ended or time.monotonic() > deadline:
             why = f"rank {ended[0]} ended at once, its message is above" if ended else "not all processes have started"
-            raise _refused(len(processes) + 1, why)
+            raise refused(len(processes) + 1, why)
         time.sleep(0.02)
 
 
-def _wait_for_the_end(processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
+def _wait_for_the_end(processes: Mapping[int, Process]) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     for process in processes.values():
         try:
@@ -243,7 +301,7 @@ def _wait_for_the_end(processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
             return
 
 
-def _end(processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
+def _end(processes: Mapping[int, Process]) -> None:
     for process in processes.values():
         process.kill()
         process.wait()

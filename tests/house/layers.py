@@ -39,6 +39,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "minivllm/entrypoints/tool_calls.py",
             "minivllm/verify/*",
         ),
+        "ray": ("minivllm/worker/ray_actors.py",),
         "torch.distributed": ("minivllm/worker/collectives.py", "minivllm/worker/ranks.py"),
         **dict.fromkeys(
             ("threading", "_thread", "concurrent", "multiprocessing", "asyncio"),

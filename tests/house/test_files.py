@@ -30,6 +30,7 @@ COMES_WITH = {
     "werkzeug": "flask",
     "yaml": "pyyaml",
 }
+EXTRAS = {"ray"}  # `pip install -e .[NAME]`; the module that imports it says so where it is missing
 
 
 # ------------------------------------------------------------------ the README's commands
@@ -125,7 +126,8 @@ def test_a_package_that_setup_forgets_is_found(tmp_path: Path):
 def test_every_foreign_import_is_required_or_comes_with_a_requirement():
     foreign = {found.target.split(".")[0] for found in imports(product())} - set(sys.stdlib_module_names) - {"minivllm"}
     required = requirements(SETUP)
-    assert {COMES_WITH.get(name, name) for name in foreign} <= required
+    assert {COMES_WITH.get(name, name) for name in foreign} - required == EXTRAS
+    assert all(f"\n{name} =\n" in SETUP.partition("[options.extras_require]")[2] for name in EXTRAS)
     assert set(COMES_WITH) <= foreign  # an entry for nothing is a hole
 
 

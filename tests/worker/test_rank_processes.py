@@ -17,7 +17,7 @@ import torch
 from golden.tiny import BACKEND_DECODERS
 from minivllm import LLM, SamplingParams
 from minivllm.errors import ConfigError, EngineDeadError, InvalidRequestError
-from minivllm.worker import parallel_executor, ranks
+from minivllm.worker import parallel_executor, ranks, ray_actors
 from minivllm.worker.ranks import connect
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +163,22 @@ def test_more_ranks_than_gpus_or_another_world_are_refused(monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="tensor_parallel_size is 2, but WORLD_SIZE is 4: start as many processes"):
         connect(2, "cpu")
+
+
+def test_without_ray_its_backend_names_the_command_that_installs_it(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"needs Ray, and it is not installed.*pip install -e '\.\[ray\]'") as caught:
+        LLM(tiny_model("llama"), **SMALL, tensor_parallel_size=2, distributed_executor_backend="ray")
+    assert caught.value.parameter == "distributed_executor_backend"
+    LLM(tiny_model("llama"), **SMALL, distributed_executor_backend="ray")  # one rank is this process
+
+
+def test_ray_does_not_start_what_torchrun_has_started(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="RANK is set, so torchrun has started the ranks"):
+        ray_actors.start(2, "cpu")
 
 
 def test_a_rank_that_cannot_start_is_an_error_and_not_a_long_wait(monkeypatch: pytest.MonkeyPatch):
