@@ -1,6 +1,6 @@
 // Does not ask twice what it knows.
-// Expect: six calls, and three requests: two prompts, and one more setting. The guide's cache leaves the prompt out of its
-// key, and whoever asks with `prompt` gets the first answer to everything.
+// Expect: six calls, and three requests: two prompts, and one more setting. The guide's cache leaves the prompt out of
+// its key, and whoever asks with `prompt` gets the first answer to everything.
 import { cached } from './lib/cached.mjs';
 import { ask, providerWith } from './lib/provider.mjs';
 

@@ -8,8 +8,9 @@ import { balanced } from './lib/balanced.mjs';
 import { baseURLs, MODEL, providerWith } from './lib/provider.mjs';
 
 const print = (line) => console.log(JSON.stringify(line));
-const onFailure = ({ url, status, error }) =>
+const onFailure = ({ url, status, error }) => {
   print({ failed: url, status, error: error?.cause?.code ?? error?.message });
+};
 const provider = providerWith(balanced(baseURLs, { onFailure }));
 
 async function call(number) {

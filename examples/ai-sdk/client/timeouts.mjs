@@ -1,7 +1,7 @@
 // Three limits: for a whole answer, for its first word, and for the time between two words.
 // Expect: "timeout" for a long answer that must be there in half a second; then a stream, which goes on to its end
-// unless the server goes quiet: stop it meanwhile (kill -STOP) and the stream is given up after IDLE_MS; kill it and the
-// stream is cut.
+// unless the server goes quiet: stop it meanwhile (kill -STOP) and the stream is given up after IDLE_MS; kill it and
+// the stream is cut.
 import { streamText } from 'ai';
 import { explain } from './lib/explain.mjs';
 import { impatient } from './lib/impatient.mjs';

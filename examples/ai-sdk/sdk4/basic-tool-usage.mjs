@@ -1,6 +1,6 @@
 // Guide: Tool Calling / Basic Tool Usage
-// Expect: text, or calls of tools with their results: a model of 135M parameters often just talks. A bigger one calls both.
-// The calculator evaluates what a model wrote, as the guide has it: not for anybody who means it.
+// Expect: text, or calls of tools with their results: a model of 135M parameters often just talks. A bigger one calls
+// both. The calculator evaluates what a model wrote, as the guide has it: not for anybody who means it.
 import { generateText } from 'ai';
 import { z } from 'zod';
 import { MODEL, vllm } from './lib/ai-provider.mjs';

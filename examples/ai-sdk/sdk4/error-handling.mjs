@@ -1,6 +1,6 @@
 // Guide: Error Handling and Retries / Comprehensive Error Handling
-// Expect: a text.
-// With maxRetries 3 a 429 arrives as a RetryError, whose lastError says more than its cause: ../client/error-handling.mjs.
+// Expect: a text. With maxRetries 3 a 429 arrives as a RetryError, whose lastError says more than its cause:
+// ../client/error-handling.mjs.
 import { generateText } from 'ai';
 import { APICallError, RetryError, InvalidResponseDataError } from 'ai';
 import { MODEL, vllm } from './lib/ai-provider.mjs';

@@ -1,7 +1,8 @@
 // Guide: Structured Outputs / JSON Generation with Zod Schema
-// Expect: a recipe as JSON, with every key of the schema.
-// Chat completions, because the Responses API has neither penalties nor seeds for a small model.
-import { generateObject, NoObjectGeneratedError } from 'ai';
+// Expect: a recipe as JSON, with every key of the schema. generateText and streamText with an output replace
+// generateObject and streamObject here. Chat completions, because the Responses API has neither penalties nor seeds for
+// a small model.
+import { generateText, NoObjectGeneratedError, Output } from 'ai';
 import { z } from 'zod';
 import { MODEL, vllm } from './lib/ai-provider.mjs';
 import { endingSoon, untilItEnds } from './lib/patient.mjs';
@@ -23,14 +24,14 @@ const RecipeSchema = z.object({
 });
 
 async function generateRecipe(seed) {
-  const { object } = await generateObject({
+  const { output } = await generateText({
     model: vllm.chat(MODEL),
-    schema: RecipeSchema,
+    output: Output.object({ schema: RecipeSchema }),
     prompt: 'Generate a detailed recipe for vegetarian lasagna.',
     ...endingSoon(seed), // not in the guide: for models of this size
   });
 
-  console.log('Generated recipe:', JSON.stringify(object, null, 2));
+  console.log('Generated recipe:', JSON.stringify(output, null, 2));
 }
 
 await untilItEnds(NoObjectGeneratedError, generateRecipe);

@@ -1,7 +1,7 @@
 // Guide: Client-Side Integration with Hooks / useChat Hook
-// Expect: a conversation of two questions and two answers, as the component shows it.
-// The guide's component and its route, without JSX, and a page and a server as small as they get. The hook no
-// longer keeps the input, a message has parts, and toAIStreamResponse became toUIMessageStreamResponse. The same with a browser and Next.js: ../app.
+// Expect: a conversation of two questions and two answers, as the component shows it. The guide's component and its
+// route, without JSX, and a page and a server as small as they get. The hook no longer keeps the input, a message has
+// parts, and toAIStreamResponse became toUIMessageStreamResponse. The same with a browser and Next.js: ../app.
 import { useChat } from '@ai-sdk/react';
 import { convertToModelMessages, DefaultChatTransport, streamText } from 'ai';
 import * as react from 'react';

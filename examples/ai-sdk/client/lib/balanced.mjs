@@ -1,8 +1,8 @@
 // A fetch over several servers: to the one with the fewest requests, and on to the next where one fails or is full.
 //
-// A server that fails rests for a while, or as long as its Retry-After says; with every server at rest they are asked all
-// the same. Until the headers of an answer are there nothing is lost: a whole answer survives the end of its server. A
-// stream that has begun ends with it.
+// A server that fails rests for a while, or as long as its Retry-After says; with every server at rest they are asked
+// all the same. Until the headers of an answer are there nothing is lost: a whole answer survives the end of its
+// server. A stream that has begun ends with it.
 import { waitOf } from './retrying.mjs';
 import { watched } from './body.mjs';
 

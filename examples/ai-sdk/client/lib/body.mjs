@@ -2,7 +2,7 @@
 export function watched(response, { onChunk = () => {}, onEnd = () => {} }) {
   if (!response.body) {
     onEnd();
-    return response;
+    return new Response(null, response);
   }
   const reader = response.body.getReader();
   const body = new ReadableStream({

@@ -1,6 +1,7 @@
 // A fetch that holds requests back: so many at once, so many a minute. A request counts until its body is read.
 //
-// Set `atOnce` to what the server takes, its --max-num-seqs and --max-queue together, and it never answers 429 to you alone.
+// Set `atOnce` to what the server takes, its --max-num-seqs and --max-queue together, and it never answers 429 to you
+// alone.
 import { setTimeout as sleep } from 'node:timers/promises';
 import { watched } from './body.mjs';
 

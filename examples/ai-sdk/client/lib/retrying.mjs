@@ -6,8 +6,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 
 const RETRYABLE = new Set([408, 409, 429, 500, 502, 503, 504]);
 
-// Milliseconds until the next attempt, counted from 1: the server's word, or longer each time, with some chance in it so
-// that clients who were refused together do not come back together.
+// Milliseconds until the next attempt, counted from 1: the server's word, or longer each time, with some chance in it, or
+// clients who were refused together would come back together.
 export function waitOf(response, attempt, longestMs = 60_000) {
   const milliseconds = Number(response?.headers.get('retry-after-ms') ?? NaN);
   if (milliseconds >= 0) return Math.min(milliseconds, longestMs);
