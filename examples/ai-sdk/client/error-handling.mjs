@@ -5,8 +5,10 @@
 import { streamText } from 'ai';
 import { explain } from './lib/explain.mjs';
 import { ask, MODEL, providerWith } from './lib/provider.mjs';
+import { retrying } from './lib/retrying.mjs';
 
 const provider = providerWith(fetch);
+const patient = providerWith(retrying()); // the case before may not have left the server yet
 const story = 'Write a long story about a lighthouse.';
 const CASES = {
   'a wrong key': () => ask(providerWith(fetch, { apiKey: 'wrong' }), 'Hello'),
@@ -20,11 +22,11 @@ const CASES = {
   'a change of mind': () => {
     const stop = new AbortController();
     setTimeout(() => stop.abort(), 300);
-    return ask(provider, story, { maxOutputTokens: 400, abortSignal: stop.signal });
+    return ask(patient, story, { maxOutputTokens: 400, abortSignal: stop.signal });
   },
   'a full server': async () => {
     const stop = new AbortController();
-    const first = streamText({ model: provider.chat(MODEL), prompt: story, maxRetries: 6, abortSignal: stop.signal });
+    const first = streamText({ model: patient.chat(MODEL), prompt: story, abortSignal: stop.signal });
     const words = first.textStream[Symbol.asyncIterator]();
     await words.next(); // it runs
     try {

@@ -17,5 +17,9 @@ console.log('whole', JSON.stringify(await whole.then((text) => ({ text }), expla
 let failure;
 const onError = ({ error }) => (failure = error);
 const result = streamText({ model: provider.chat(MODEL), ...long, maxRetries: 0, onError });
-for await (const word of result.textStream) console.log('word', JSON.stringify(word));
+try {
+  for await (const word of result.textStream) console.log('word', JSON.stringify(word));
+} catch (error) {
+  failure ??= error;
+}
 console.log('stream', JSON.stringify(failure ? explain(failure) : { kind: 'whole' }));

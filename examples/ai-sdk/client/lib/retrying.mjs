@@ -6,8 +6,8 @@ import { setTimeout as sleep } from 'node:timers/promises';
 
 const RETRYABLE = new Set([408, 409, 429, 500, 502, 503, 504]);
 
-// Milliseconds until the next attempt, counted from 1: the server's word, or longer each time, with some chance in it, or
-// clients who were refused together would come back together.
+// Milliseconds until the next attempt, counted from 1: the server's word, or longer each time, with some chance in it,
+// or clients who were refused together would come back together.
 export function waitOf(response, attempt, longestMs = 60_000) {
   const milliseconds = Number(response?.headers.get('retry-after-ms') ?? NaN);
   if (milliseconds >= 0) return Math.min(milliseconds, longestMs);
@@ -37,7 +37,9 @@ export function retrying({ attempts = 5, longestMs = 60_000, onRetry = () => {},
       const waitMs = waitOf(response, attempt, longestMs);
       await response?.body?.cancel();
       onRetry({ attempt, status: response?.status, waitMs });
-      await sleep(waitMs, undefined, { signal: options?.signal });
+      await sleep(waitMs, undefined, { signal: options?.signal }).catch(() => {
+        throw options.signal.reason; // who gave up, and why
+      });
     }
   };
 }
