@@ -13,6 +13,7 @@ async function streamingToolCalls() {
         content: 'Search for the latest AI news and summarize it.',
       },
     ],
+    maxTokens: 100, // not in the guide: a model of this size may talk without end
     tools: {
       webSearch: {
         description: 'Search the web for information',

@@ -51,6 +51,7 @@ async function toolCallingExample() {
     ],
     tools,
     toolChoice: 'auto',
+    maxOutputTokens: 100, // not in the guide: a model of this size may talk without end
   });
 
   console.log('Response:', text);
