@@ -81,12 +81,19 @@ PATHS = {
     "model-not-found": {"/v1/v1/models"},
     "multiple-models": {RESPONSES, "/v1/embeddings"},
 }
+# vLLM's own parameters in the body.
+FIELDS = {
+    "provider-options": "use_beam_search",
+    "json-schema-constraints": "guided_json",
+    "regex-patterns": "guided_regex",
+    "choice-constraints": "guided_choice",
+}
 SCRIPTS = [f"{folder}/{path.name}" for folder in ("sdk4", "sdk7") for path in sorted((EXAMPLES / folder).glob("*.mjs"))]
 
 
 @pytest.fixture(scope="module")
 def runs(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Ran]]]:
     """All scripts that are asked for, some at a time, in the order of the tests."""
     install_examples()
@@ -130,19 +137,13 @@ def test_script(script: str, runs: dict[str, Future[Ran]]):
     assert paths - ({"/v1/health"} if "load-balancing" in script else set()) == asked(script)
 
 
-@pytest.mark.parametrize("folder", ["sdk4", "sdk7"])
 @pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("provider-options", "use_beam_search"),
-        ("json-schema-constraints", "guided_json"),
-        ("regex-patterns", "guided_regex"),
-        ("choice-constraints", "guided_choice"),
-    ],
+    ("script", "field"),
+    [(f"{folder}/{name}.mjs", field) for folder in ("sdk4", "sdk7") for name, field in FIELDS.items()],
 )
-def test_vllms_own_options_reach_the_server(name: str, field: str, folder: str, runs: dict[str, Future[Ran]]):
+def test_vllms_own_options_reach_the_server(script: str, field: str, runs: dict[str, Future[Ran]]):
     """The SDK drops what it does not know; these scripts bring it there all the same."""
-    first, *_ = runs[f"{folder}/{name}.mjs"].result().calls
+    first, *_ = runs[script].result().calls
     assert f'"{field}":' in first["body"]
 
 
