@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -30,9 +31,11 @@ class Ran(NamedTuple):
 
 def install_examples() -> None:
     """The packages of all folders; and node 22, which generation 7 needs and tests/sdk brings."""
-    for folder in ("sdk4", "sdk7", "client"):
-        install(str(EXAMPLES / folder))
-    install("sdk7")
+    with Path(__file__).open() as itself:
+        fcntl.flock(itself, fcntl.LOCK_EX)  # one worker of pytest at a time
+        for folder in ("sdk4", "sdk7", "client"):
+            install(str(EXAMPLES / folder))
+        install("sdk7")
 
 
 def start(script: str, watch_file: Path, **settings: str) -> subprocess.Popen[str]:

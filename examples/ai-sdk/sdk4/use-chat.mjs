@@ -44,6 +44,7 @@ async function POST(req) {
     model: vllm(MODEL),
     messages,
     temperature: 0.7,
+    maxTokens: 40, // not in the guide: a model of this size may talk without end
     abortSignal: req.signal,
   });
 

@@ -52,6 +52,7 @@ async function POST(req) {
     model: vllm(MODEL),
     messages: await convertToModelMessages(messages),
     temperature: 0.7,
+    maxOutputTokens: 40, // not in the guide: a model of this size may talk without end
     abortSignal: req.signal,
   });
 
