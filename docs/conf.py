@@ -19,6 +19,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "modules"]
 include_patterns = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/api/*.md", "kernels/README.md",
     "kernels/ops/*/README.md", "minivllm/*/README.md", "notebooks/README.md", "notebooks/*.ipynb", "benchmarks/*.md",
+    "examples/*/README.md",
 ]  # fmt: skip
 exclude_patterns = [".*", "build", "dist", "node_modules", "shared", "tests", "**/.*", "**/node_modules"]
 templates_path = ["_templates"]

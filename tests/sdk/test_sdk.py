@@ -88,9 +88,9 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def server(log: Path, *arguments: str, num_threads: int = 1) -> Iterator[Server]:
-    """`minivllm serve` on a free port."""
-    command = [sys.executable, "-m", "minivllm.cli", "serve", "--port", "0", "--json", *arguments]
+def server(log: Path, *arguments: str, port: str = "0", num_threads: int = 1) -> Iterator[Server]:
+    """`minivllm serve`, on a free port unless told."""
+    command = [sys.executable, "-m", "minivllm.cli", "serve", "--port", port, "--json", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     with log.open("w") as errors:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)

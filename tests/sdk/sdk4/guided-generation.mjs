@@ -9,7 +9,7 @@ import { z } from 'zod';
 import { collect, isText, rejection } from '../shared/checks.mjs';
 import { apiKey, baseURL } from '../shared/environment.mjs';
 import { adding } from '../shared/fetches.mjs';
-import { untilItStops } from '../shared/patient.mjs';
+import { untilItStops } from '../../../examples/ai-sdk/shared/patient.mjs';
 import { MODEL, vllm } from './lib/ai-provider.mjs';
 
 const compatible = createOpenAICompatible({ name: 'vllm', baseURL, apiKey });

@@ -9,8 +9,8 @@ import * as react from 'react';
 import * as testRenderer from 'react-test-renderer';
 import { renderToStaticMarkup } from 'react-dom/server';
 import { isText } from '../shared/checks.mjs';
-import { pageOf } from '../shared/page.mjs';
-import { withApp } from '../shared/web-app.mjs';
+import { pageOf } from '../../../examples/ai-sdk/shared/page.mjs';
+import { withApp } from '../../../examples/ai-sdk/shared/web-app.mjs';
 import { MODEL, vllm } from './lib/ai-provider.mjs';
 
 const h = react.createElement;

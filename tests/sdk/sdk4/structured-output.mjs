@@ -5,7 +5,7 @@ import { describe, test } from 'node:test';
 import { generateObject, jsonSchema, NoObjectGeneratedError, streamObject } from 'ai';
 import { z } from 'zod';
 import { collect, isCount, rejection } from '../shared/checks.mjs';
-import { untilItEnds } from '../shared/patient.mjs';
+import { untilItEnds } from '../../../examples/ai-sdk/shared/patient.mjs';
 import { MODEL, vllm } from './lib/ai-provider.mjs';
 
 const RecipeSchema = z.object({

@@ -1,6 +1,8 @@
 // What several sections assert, and what several need to look at a stream. Knows no generation of the SDK.
 import assert from 'node:assert/strict';
 
+export { until } from '../../../examples/ai-sdk/shared/until.mjs';
+
 export function isText(value) {
   assert.equal(typeof value, 'string');
   assert.ok(value.trim().length > 0, 'the text is empty');
@@ -37,12 +39,4 @@ export async function rejection(promise) {
     return error;
   }
   throw new assert.AssertionError({ message: 'expected a rejection' });
-}
-
-export async function until(condition, what, seconds = 120) {
-  const deadline = Date.now() + seconds * 1000;
-  while (!(await condition())) {
-    if (Date.now() > deadline) throw new assert.AssertionError({ message: `waited ${seconds} s for: ${what}` });
-    await new Promise((resolve) => setTimeout(resolve, 25));
-  }
 }

@@ -5,7 +5,7 @@ import { describe, test } from 'node:test';
 import { collect, isText, rejection } from '../checks.mjs';
 import { apiKey, baseURL } from '../environment.mjs';
 import { adding } from '../fetches.mjs';
-import { untilItStops } from '../patient.mjs';
+import { untilItStops } from '../../../../examples/ai-sdk/shared/patient.mjs';
 
 export default function guidedGeneration({
   APICallError,

@@ -4,8 +4,8 @@
 import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
 import { isText } from '../checks.mjs';
-import { pageOf } from '../page.mjs';
-import { withApp } from '../web-app.mjs';
+import { pageOf } from '../../../../examples/ai-sdk/shared/page.mjs';
+import { withApp } from '../../../../examples/ai-sdk/shared/web-app.mjs';
 
 export default function hooks(sdk) {
   const { convertToModelMessages, streamText, useChat, useCompletion, react, testRenderer, vllm, MODEL } = sdk;

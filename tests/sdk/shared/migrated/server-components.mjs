@@ -4,8 +4,8 @@
 import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
 import { appearInOrder, collect, isText, kindsOf } from '../checks.mjs';
-import { pageOf } from '../page.mjs';
-import { withApp } from '../web-app.mjs';
+import { pageOf } from '../../../../examples/ai-sdk/shared/page.mjs';
+import { withApp } from '../../../../examples/ai-sdk/shared/web-app.mjs';
 
 export default function serverComponents(sdk) {
   const { generateText, streamText, useCompletion, react, renderToStaticMarkup, testRenderer, vllm, MODEL } = sdk;

@@ -3,7 +3,7 @@ import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
 import { collect, isCount, rejection } from '../checks.mjs';
 import { adding } from '../fetches.mjs';
-import { untilItEnds } from '../patient.mjs';
+import { untilItEnds } from '../../../../examples/ai-sdk/shared/patient.mjs';
 import { bothOf } from './both.mjs';
 
 export default function structuredOutput(sdk) {

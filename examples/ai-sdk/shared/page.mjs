@@ -1,6 +1,6 @@
 // What a person does to a page that react-test-renderer shows: reads, types, clicks. Takes react's own functions,
 // because every generation has its own copy.
-import { until } from './checks.mjs';
+import { until } from './until.mjs';
 
 export function pageOf({ createElement, act }, { create }, component) {
   let renderer;
@@ -16,6 +16,7 @@ export function pageOf({ createElement, act }, { create }, component) {
     close: () => acting(() => renderer.unmount()),
     // The text of every element of a type.
     texts: (type) => find(type).map(textOf),
+    isDisabled: (type) => find(type)[0].props.disabled,
     type: (type, value) => acting(() => find(type)[0].props.onChange({ target: { value } })),
     submit: () => acting(() => find('form')[0].props.onSubmit({ preventDefault() {} })),
     click: (label) =>
