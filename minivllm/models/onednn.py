@@ -107,7 +107,10 @@ def is_in_strips(shape: tuple[int, int]) -> bool:
 
 
 def as_strips(tiles: torch.Tensor, in_features: int) -> torch.Tensor | None:
-    """Tiles as `find_tiles` gives them, as strips: if they have the strips' rows, and no column is padding."""
+    """Strips [.., in_features / 2, 32, 2] of what `find_tiles` gives: if the rows fit, and no column is padding.
+
+    tiles: [row_tiles, column_tiles, columns / group, rows, group]
+    """
     whole = tiles.dtype == torch.bfloat16 and tiles.shape[3:] == (32, 2) and in_features % 32 == 0
     return tiles.flatten(1, 2) if whole and tiles.shape[1] * tiles.shape[2] * 2 == in_features else None
 
