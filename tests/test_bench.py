@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minivllm import LLM, ConfigError, InvalidRequestError, SamplingParams
 from minivllm.bench.measure import Result, Round, measure, percentile
 from minivllm.bench.profile import Stopwatch, profile
 from minivllm.bench.workloads import WORKLOADS, Workload, jobs_of
+from minivllm.kernels.decoder_step import PARTS
 from minivllm.models import layers
 from minivllm.worker.input_batch import InputBatch
 from tests.command import Run
@@ -81,6 +83,22 @@ def test_a_stopwatch_gives_each_part_its_own_time():
     with pytest.raises(ZeroDivisionError):
         watch.around("outer", lambda: 1 / 0)()
     assert watch.inside == [] and watch.calls["outer"] == 2
+
+
+def test_a_whole_step_counts_for_itself():
+    cycles = np.array([5, 0, 7, 0])
+
+    def step(seconds: float) -> str:
+        time.sleep(seconds)
+        cycles[:] += [10, 70, 0, 20]
+        return "done"
+
+    watch = Stopwatch()
+    assert watch.around("forward", watch.around_parts(step, cycles))(0.05) == "done"
+    whole = sum(watch.seconds[part] for part in PARTS)
+    assert whole >= 0.05 and watch.seconds["forward"] < 0.02
+    assert [round(watch.seconds[part] / whole, 6) for part in PARTS] == [0.1, 0.7, 0.0, 0.2]
+    assert [watch.calls[part] for part in PARTS] == [1, 1, 1, 1]
 
 
 def test_a_profile_names_every_part_and_leaves_everything_as_it_was(llm: LLM):

@@ -13,7 +13,8 @@
 
 A part's time is its own, without parts inside it, so that they add up to the step. One step is shown, the middle one:
 on a machine that does other things as well a mean says little. Steps with and without the stopwatch take turns: what it
-costs itself is the difference, and is told.
+costs itself is the difference, and is told. A whole step (models/whole_step.py) is one call that counts for itself; its
+products are those of the layers with the gate, its rotation has the writing of the cache with it.
 
 The parts are functions that modules of ours call by a global name, and methods; while a step is profiled other ones
 stand in their places, and `finally` puts them back. A replayed CUDA graph calls no function: CPUs only.
@@ -30,12 +31,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from minivllm.bench.measure import add_jobs, check_generates
 from minivllm.bench.workloads import Workload, jobs_of
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.errors import ConfigError
+from minivllm.kernels.decoder_step import PARTS, decoder_step
 from minivllm.models import layers
 from minivllm.models.linear import Embedding, Linear
+from minivllm.worker import cpu
 from minivllm.worker.input_batch import InputBatch
 
 KERNELS = {
@@ -71,6 +76,22 @@ class Stopwatch:
                 self.calls[part] = self.calls.get(part, 0) + 1
                 if self.inside:
                     self.inside[-1] += elapsed
+
+        return timed
+
+    def around_parts(self, call: Callable[..., Any], cycles: np.ndarray) -> Callable[..., Any]:
+        """A whole step that counts the cycles [num_parts] of its own parts: its time, in their proportion."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before, started = cycles.copy(), time.perf_counter()
+            result = call(*args, **kwargs)
+            elapsed = time.perf_counter() - started
+            spent = cycles - before  # [num_parts]
+            for part, share in zip(PARTS, spent / spent.sum(), strict=True):
+                self.seconds[part] = self.seconds.get(part, 0.0) + elapsed * float(share)
+                self.calls[part] = self.calls.get(part, 0) + 1
+            self.inside[-1] += elapsed
+            return result
 
         return timed
 
@@ -165,6 +186,9 @@ def _parts_timed(engine: LLMEngine, watch: Stopwatch) -> Iterator[None]:
                 time_it(module, "forward", "products")
             elif isinstance(module, Embedding):
                 time_it(module, "forward", "embedding")
+        if runner.path.decoder_weights is not None:
+            whole = watch.around_parts(decoder_step, runner.path.decoder_weights.cycles)
+            stack.enter_context(_replaced(cpu, "decoder_step", whole))
         time_it(engine.scheduler, "schedule", "scheduler")
         time_it(engine.scheduler, "update_from_output", "scheduler")
         time_it(InputBatch, "build", "batch")

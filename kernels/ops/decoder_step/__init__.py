@@ -16,13 +16,13 @@ from types import ModuleType
 import torch
 
 from minivllm.kernels.decoder_step import cpu, reference
-from minivllm.kernels.decoder_step.weights import DecoderLayer, DecoderShape, DecoderWeights
+from minivllm.kernels.decoder_step.weights import PARTS, DecoderLayer, DecoderShape, DecoderWeights
 from minivllm.kernels.dispatch import choose
 from minivllm.kernels.packed_matmul import MAX_ROWS
 from minivllm.kernels.paged_attention.cpu_rows_amx import can_use_amx
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata, validate_metadata
 
-__all__ = ["DecoderLayer", "DecoderShape", "DecoderWeights", "decoder_step", "is_fast_for", "takes"]
+__all__ = ["PARTS", "DecoderLayer", "DecoderShape", "DecoderWeights", "decoder_step", "is_fast_for", "takes"]
 
 MAX_QUERY_TOKENS = 64
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivllm.kernels.decoder_step.weights import DecoderWeights
-from minivllm.kernels.jit import FLOAT32, array_at, jit, like, narrow, prange, use_torch_threads, widen
+from minivllm.kernels.decoder_step.weights import ATTENTION, NORMS, PRODUCTS, ROTATION, DecoderWeights
+from minivllm.kernels.jit import FLOAT32, array_at, cycles, jit, like, narrow, prange, use_torch_threads, widen
 from minivllm.kernels.packed_matmul.cpu import multiply, multiply_and_gate, padded
 from minivllm.kernels.paged_attention.cpu_plan import LayerShape, StepPlan, plan_layer
 from minivllm.kernels.paged_attention.cpu_rows import known_head_size, merge
@@ -60,6 +60,7 @@ def decoder_step(
         rows.has_shared_rows,
         known_head_size(head_size),
         tuple(buffer.ctypes.data for buffer in workspace),
+        weights.cycles,
         like(hidden_states),
     )
     return out
@@ -91,6 +92,7 @@ def run_layers(
     has_shared_rows: bool,
     known_head_size: Any,
     workspace: tuple[int, ...],  # addresses; hidden holds zeros
+    spent: Any,  # [num_parts] cycles, added to
     like: Any,
 ) -> None:
     """The step. Addresses are those of dense tensors as the package's docstring shapes them."""
@@ -102,19 +104,35 @@ def run_layers(
     for number in range(len(layers)):
         input_norm, post_norm, q_norm, k_norm, k_cache, v_cache = layers[number, :6]
         w_qkv, w_o, w_gate_up, w_down, qkv_bias, o_bias, gate_up_bias, down_bias = layers[number, 6:]
+        now = cycles()
         add_and_norm(hidden, residual, input_norm, normed, num_rows, hidden_size, eps, like)
+        now = spend(spent, NORMS, now)
         multiply(normed, w_qkv, qkv_bias, qkv, (num_rows, hidden_size, qkv_size), like)
+        now = spend(spent, PRODUCTS, now)
         norms, caches = (q_norm, k_norm), (k_cache, v_cache)
         rotate_and_keep(qkv, query, (cos, sin), slot_mapping, norms, eps, caches, cache_sizes, num_heads, like)
+        now = spend(spent, ROTATION, now)
         attention = (query, k_cache, v_cache, attended)
         attend_with_amx(*attention, cache_sizes, known_head_size, *contexts, *scoring, *partial, like)
         if has_shared_rows:
             merge(contexts[1], chunks, *partial, num_heads // num_kv_heads, attended, num_rows, like)
+        now = spend(spent, ATTENTION, now)
         multiply(attended, w_o, o_bias, hidden, (num_rows, num_heads * head_size, hidden_size), like)
+        now = spend(spent, PRODUCTS, now)
         add_and_norm(hidden, residual, post_norm, normed, num_rows, hidden_size, eps, like)
+        now = spend(spent, NORMS, now)
         multiply_and_gate(normed, w_gate_up, gate_up_bias, gated, (num_rows, hidden_size, intermediate_size), like)
         multiply(gated, w_down, down_bias, hidden, (num_rows, intermediate_size, hidden_size), like)
+        spend(spent, PRODUCTS, now)
     add_and_norm(hidden, residual, last_norm, out, num_rows, hidden_size, eps, like)
+
+
+@jit(inline="always")
+def spend(spent: Any, part: int, since: int) -> int:
+    """The time is booked on the part. Returns now."""
+    now = cycles()
+    spent[part] += now - since
+    return now
 
 
 @jit(inline="always")

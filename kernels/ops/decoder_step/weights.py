@@ -5,11 +5,15 @@ Knows no step. Made by models/whole_step.py. Twin in vLLM: none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
+
+# What the cycles of the layers are counted for, and its place in the count.
+PARTS = ("norms", "products", "rotation", "attention")
+NORMS, PRODUCTS, ROTATION, ATTENTION = range(len(PARTS))
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class DecoderWeights:
     layers: tuple[DecoderLayer, ...]
     last_norm: torch.Tensor  # [hidden_size]
     shape: DecoderShape
+    cycles: np.ndarray = field(default_factory=lambda: np.zeros(len(PARTS), np.int64))  # [num_parts], so far
 
     @cached_property
     def addresses(self) -> np.ndarray:
