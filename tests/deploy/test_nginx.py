@@ -64,7 +64,7 @@ def test_an_event_arrives_while_the_next_one_is_not_written(change: Callable[[st
     with scripted(content="data: {}\n\n") as script, nginx(tmp_path / "nginx", [port_of(script)], change) as url:
         script.hold.clear()
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=2)
-        connection.request("GET", "/v1/models")
+        connection.request("POST", "/v1/chat/completions", body=b"{}")
         if change is buffering:  # so the other case says something
             with pytest.raises(TimeoutError):
                 connection.getresponse().read1()
