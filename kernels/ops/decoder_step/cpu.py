@@ -16,12 +16,14 @@ import torch
 
 from minivllm.kernels.decoder_step.weights import ATTENTION, NORMS, PRODUCTS, ROTATION, DecoderWeights
 from minivllm.kernels.jit import FLOAT32, array_at, cycles, jit, like, narrow, prange, use_torch_threads, widen
-from minivllm.kernels.packed_matmul.cpu import multiply, multiply_and_gate, padded
+from minivllm.kernels.packed_matmul.cpu import BYTES, multiply, multiply_and_gate, padded
 from minivllm.kernels.paged_attention.cpu_plan import LayerShape, StepPlan, plan_layer
 from minivllm.kernels.paged_attention.cpu_rows import known_head_size, merge
 from minivllm.kernels.paged_attention.cpu_rows_amx import attend_with_amx
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata
-from minivllm.kernels.rms_norm.cpu import norm_rows
+from minivllm.kernels.rms_norm.cpu import norm_row, norm_rows
+
+ROWS_FOR_THREADS = 8  # fewer are done before a second thread has begun
 
 
 def decoder_step(
@@ -140,13 +142,57 @@ def add_and_norm(
     hidden: int, residual: int, weight: int, out: int, num_rows: int, size: int, eps: float, like: Any
 ) -> None:
     """residual += hidden; out = norm(residual)"""
-    has_residual = num_rows > 0  # a literal True would be a type of its own, and norm_rows compiled once more
-    norm_rows(hidden, residual, residual, out, weight, num_rows, size, has_residual, eps, 0.0, like)
+    has_residual = num_rows > 0  # a literal True would be a type of its own, and the kernels compiled once more
+    if num_rows < ROWS_FOR_THREADS:
+        for row in range(num_rows):
+            norm_row(row, (hidden, residual, residual, out, weight), num_rows, size, has_residual, eps, 0.0, like)
+    else:
+        norm_rows(hidden, residual, residual, out, weight, num_rows, size, has_residual, eps, 0.0, like)
+
+
+@jit(inline="always")
+def rotate_and_keep(
+    qkv: int,
+    query: int,
+    angles: tuple[int, ...],
+    slot_mapping: Any,
+    norms: tuple[int, ...],
+    eps: float,
+    caches: tuple[int, ...],
+    cache_sizes: tuple[int, ...],
+    num_heads: int,
+    like: Any,
+) -> None:
+    """rms_norm of the heads where the model has it, rotary_embedding, reshape_and_cache."""
+    if cache_sizes[0] < ROWS_FOR_THREADS:
+        for row in range(cache_sizes[0]):
+            rotate_row(row, qkv, query, angles, slot_mapping, norms, eps, caches, cache_sizes, num_heads, like)
+    else:
+        rotate_rows(qkv, query, angles, slot_mapping, norms, eps, caches, cache_sizes, num_heads, like)
 
 
 @jit(parallel=True)
-def rotate_and_keep(
-    qkv: int,  # [num_rows, (num_heads + 2 * num_kv_heads) * head_size] changed: heads are normed in place
+def rotate_rows(
+    qkv: int,
+    query: int,
+    angles: tuple[int, ...],
+    slot_mapping: Any,
+    norms: tuple[int, ...],
+    eps: float,
+    caches: tuple[int, ...],
+    cache_sizes: tuple[int, ...],
+    num_heads: int,
+    like: Any,
+) -> None:
+    """Every row by one of the threads."""
+    for row in prange(cache_sizes[0]):
+        rotate_row(np.int64(row), qkv, query, angles, slot_mapping, norms, eps, caches, cache_sizes, num_heads, like)
+
+
+@jit
+def rotate_row(
+    row: int,
+    qkv: int,  # [num_rows, num_heads + 2 * num_kv_heads, head_size] changed: heads are normed in place
     query: int,  # [num_rows, num_heads, head_size] written: rotated
     angles: tuple[int, ...],  # cos and sin: [num_rows, head_size] fp32
     slot_mapping: Any,  # [num_rows]
@@ -157,38 +203,40 @@ def rotate_and_keep(
     num_heads: int,
     like: Any,
 ) -> None:
-    """rms_norm of the heads where the model has it, rotary_embedding, reshape_and_cache."""
-    num_rows, num_kv_heads, num_blocks, block_size, _, head_size = cache_sizes
-    half = head_size // 2
-    rows = array_at(qkv, (num_rows, num_heads + 2 * num_kv_heads, head_size), like)
-    queries = array_at(query, (num_rows, num_heads, head_size), like)
-    cosines = array_at(angles[0], (num_rows, head_size), FLOAT32)
-    sines = array_at(angles[1], (num_rows, head_size), FLOAT32)
-    keys = array_at(caches[0], (num_kv_heads, num_blocks * block_size, head_size), like)
-    values = array_at(caches[1], (num_kv_heads, num_blocks * block_size, head_size), like)
-    for row in prange(num_rows):
-        slot = slot_mapping[row]
-        for head in range(num_heads + num_kv_heads if slot >= 0 else num_heads):
-            is_query = head < num_heads
-            weight = norms[0] if is_query else norms[1]
-            if weight != 0:
-                norm_head(rows[row, head], array_at(weight, (head_size,), like), eps, like)
-            target = queries[row, head] if is_query else keys[head - num_heads, slot]
-            for i in range(half):
-                a, b = widen(rows[row, head, i]), widen(rows[row, head, half + i])
-                target[i] = narrow(a * cosines[row, i] + b * sines[row, i], like)
-                target[half + i] = narrow(b * cosines[row, half + i] + a * sines[row, half + i], like)
-        for head in range(num_kv_heads if slot >= 0 else 0):
-            for i in range(head_size):
-                values[head, slot, i] = rows[row, num_heads + num_kv_heads + head, i]
+    """One token's query heads into `query`, its keys and values into their slot."""
+    _, num_kv_heads, num_blocks, block_size, _, head_size = cache_sizes
+    head_bytes, slot = head_size * BYTES, slot_mapping[row]
+    cos, sin = angles[0] + row * head_size * 4, angles[1] + row * head_size * 4
+    source = qkv + row * (num_heads + 2 * num_kv_heads) * head_bytes
+    for head in range(num_heads):
+        target = query + (row * num_heads + head) * head_bytes
+        rotate_head(source + head * head_bytes, target, cos, sin, norms[0], eps, head_size, like)
+    if slot < 0:
+        return
+    for head in range(num_kv_heads):
+        place = (head * num_blocks * block_size + slot) * head_bytes
+        key = source + (num_heads + head) * head_bytes
+        rotate_head(key, caches[0] + place, cos, sin, norms[1], eps, head_size, like)
+        value = array_at(key + num_kv_heads * head_bytes, (head_size,), like)
+        kept = array_at(caches[1] + place, (head_size,), like)
+        for i in range(head_size):
+            kept[i] = value[i]
 
 
 @jit
-def norm_head(values: Any, weight: Any, eps: float, like: Any) -> None:  # [head_size] in place, [head_size]
-    """rms_norm of one head, values [head_size] in place; weight: [head_size]."""
-    squares = np.float32(0)
-    for i in range(len(values)):
-        squares += widen(values[i]) * widen(values[i])
-    scale = np.float32(1) / np.sqrt(squares / np.float32(len(values)) + np.float32(eps))
-    for i in range(len(values)):
-        values[i] = narrow(widen(values[i]) * scale * widen(weight[i]), like)
+def rotate_head(source: int, target: int, cos: int, sin: int, norm: int, eps: float, head_size: int, like: Any) -> None:
+    """target = the rotated source, normed where `norm` is not 0; all [head_size]."""
+    values, rotated = array_at(source, (head_size,), like), array_at(target, (head_size,), like)
+    cosines, sines = array_at(cos, (head_size,), FLOAT32), array_at(sin, (head_size,), FLOAT32)
+    half = head_size // 2
+    if norm != 0:
+        weights, squares = array_at(norm, (head_size,), like), np.float32(0)
+        for i in range(head_size):
+            squares += widen(values[i]) * widen(values[i])
+        scale = np.float32(1) / np.sqrt(squares / np.float32(head_size) + np.float32(eps))
+        for i in range(head_size):
+            values[i] = narrow(widen(values[i]) * scale * widen(weights[i]), like)
+    for i in range(half):
+        a, b = widen(values[i]), widen(values[half + i])
+        rotated[i] = narrow(a * cosines[i] + b * sines[i], like)
+        rotated[half + i] = narrow(b * cosines[half + i] + a * sines[half + i], like)

@@ -41,17 +41,34 @@ def norm_rows(
     like: Any,
 ) -> None:
     """total = x + residual, out = its norm, row by row."""
+    addresses = (x, residual, total, out, weight)
+    for row in prange(num_rows):
+        norm_row(np.int64(row), addresses, num_rows, size, has_residual, eps, plus, like)
+
+
+@jit
+def norm_row(
+    row: int,
+    addresses: tuple[int, ...],  # x, residual, total, out, weight of norm_rows
+    num_rows: int,
+    size: int,
+    has_residual: bool,
+    eps: float,
+    plus: float,
+    like: Any,
+) -> None:
+    """Row number `row` of norm_rows."""
+    x, residual, total, out, weight = addresses
     rows, residuals = array_at(x, (num_rows, size), like), array_at(residual, (num_rows, size), like)
     totals, outs = array_at(total, (num_rows, size), like), array_at(out, (num_rows, size), like)
     weights = array_at(weight, (size,), like)
-    for row in prange(num_rows):
-        if has_residual:
-            for i in range(size):
-                totals[row, i] = narrow(widen(rows[row, i]) + widen(residuals[row, i]), like)
-        squares = np.float32(0)
+    if has_residual:
         for i in range(size):
-            squares += widen(totals[row, i]) * widen(totals[row, i])
-        scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
-        for i in range(size):
-            scaled = widen(totals[row, i]) * scale * (widen(weights[i]) + np.float32(plus))
-            outs[row, i] = narrow(scaled, like)
+            totals[row, i] = narrow(widen(rows[row, i]) + widen(residuals[row, i]), like)
+    squares = np.float32(0)
+    for i in range(size):
+        squares += widen(totals[row, i]) * widen(totals[row, i])
+    scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
+    for i in range(size):
+        scaled = widen(totals[row, i]) * scale * (widen(weights[i]) + np.float32(plus))
+        outs[row, i] = narrow(scaled, like)
