@@ -73,7 +73,6 @@ def test_an_answer_streams_and_the_panel_moves(view: View, live: Server):
     before = view.figure("tokens written")
     view.page.evaluate(READ_LENGTHS)
     view.send("What is a library? One sentence.")
-    expect(view.page.locator('[data-figure="running"]')).to_have_text("1")
     view.wait_for_end()
     expect(view.facts).to_contain_text("tok/s")
     written = int(re.search(r"(\d+) written", view.facts.inner_text())[1])  # type: ignore[index]
@@ -88,6 +87,7 @@ def test_stop_ends_the_work_of_the_server(view: View, live: Server):
     view.open()
     view.send("Write a very long story about a lighthouse. At least a thousand words.")
     expect(view.answer).to_contain_text(" ")
+    expect(view.page.locator('[data-figure="running"]')).to_have_text("1")
     view.button.click()
     view.wait_for_end()
     text = view.answer.inner_text()
