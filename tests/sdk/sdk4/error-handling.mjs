@@ -11,6 +11,7 @@ import { whileOccupied } from '../shared/occupied.mjs';
 import { MODEL, vllm } from './lib/ai-provider.mjs';
 
 const providerAt = (url, options = {}) => createOpenAI({ baseURL: url, apiKey, compatibility: 'strict', ...options });
+const LONG = 'Write a long story about a lighthouse.';
 const HELLO = { prompt: 'Hello, world!', maxTokens: 8 };
 
 async function robustGeneration(model, prompt, settings = {}) {
@@ -226,8 +227,8 @@ describe('error handling', () => {
 
   test('a timeout ends a whole answer, and the server takes the next', async () => {
     const small = providerAt(smallURL);
-    const request = { model: small(MODEL), prompt: 'Count: 1, 2, 3,', maxTokens: 2000 };
-    const error = await rejection(generateText({ ...request, abortSignal: AbortSignal.timeout(400) }));
+    const request = { model: small(MODEL), prompt: LONG, maxTokens: 2000 };
+    const error = await rejection(generateText({ ...request, abortSignal: AbortSignal.timeout(150) }));
     assert.match(error.name, /TimeoutError|AbortError/);
     isText((await generateText({ model: small(MODEL), ...HELLO, maxRetries: 4 })).text);
   });

@@ -18,6 +18,7 @@ export default function errorHandling({
   vllm,
 }) {
   const providerAt = (url, options = {}) => createOpenAI({ baseURL: url, apiKey, ...options });
+  const LONG = 'Write a long story about a lighthouse.';
   const HELLO = { prompt: 'Hello, world!', maxOutputTokens: 8 };
 
   async function robustGeneration(model, prompt, settings = {}) {
@@ -232,8 +233,8 @@ export default function errorHandling({
 
     test('a timeout ends a whole answer, and the server takes the next', async () => {
       const small = providerAt(smallURL);
-      const request = { model: small(MODEL), prompt: 'Count: 1, 2, 3,', maxOutputTokens: 2000 };
-      const error = await rejection(generateText({ ...request, abortSignal: AbortSignal.timeout(400) }));
+      const request = { model: small(MODEL), prompt: LONG, maxOutputTokens: 2000 };
+      const error = await rejection(generateText({ ...request, abortSignal: AbortSignal.timeout(150) }));
       assert.match(error.name, /TimeoutError|AbortError/);
       isText((await generateText({ model: small(MODEL), ...HELLO, maxRetries: 4 })).text);
     });
