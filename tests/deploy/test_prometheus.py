@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -59,6 +60,14 @@ class Prometheus:
         return found
 
 
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def prometheus(instances: list[Instance], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Asks two servers, between whose answers there was traffic. deploy/'s configuration but for names and interval."""
@@ -77,6 +86,7 @@ def prometheus(instances: list[Instance], tmp_path_factory: pytest.TempPathFacto
         stack.callback(process.wait, PATIENCE_SECONDS)
         stack.callback(process.terminate)
         eventually(lambda: is_listening(listen))
+        eventually(lambda: is_ready(f"http://127.0.0.1:{listen}/-/ready"))  # it listens earlier, and answers 503
         found = Prometheus(f"http://127.0.0.1:{listen}")
         count = "count_over_time(vllm:generation_tokens_total[5m])"
         eventually(lambda: len(found.query(f"{count} >= 2")) == 2)
