@@ -142,7 +142,7 @@ use_torch_threads()
 # ------------------------------------------------------------------ time
 @intrinsic
 def cycles(context: Any) -> Any:
-    """Inside a kernel: the processor's counter of time. It goes on at one rate on all cores; reading it takes 10 ns."""
+    """Inside a kernel: the processor's counter of time. It goes on at one rate on all cores."""
 
     def generate(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         name = "llvm.readcyclecounter"
