@@ -3,8 +3,7 @@
     tile_dot_bf16(c, a, b)     c[i, j] += sum over p of a[i, 2p] * b[p, 2j] + a[i, 2p + 1] * b[p, 2j + 1]
 
 a holds 16 rows of 32 bfloat16; b holds 16 pairs of its rows, the two values of a pair side by side, 16 pairs wide; c is
-16 x 16 float32. That is 8,192 multiplications, in 16 cycles by Intel's manual; the widest vector instruction of the same
-CPU does 32.
+16 x 16 float32. That is 8,192 multiplications, in 16 cycles by Intel's manual; the widest vector instruction does 32.
 
 Numbers of tiles are part of the instruction, so they must be literals. On a CPU without AMX these functions compile to
 nothing; ask `HAS_AMX` first. `load_tiles_shape` must come before any other in every thread, `release_tiles` behind.

@@ -48,7 +48,10 @@ def make_weights(
                 o=weight(seed + 5, shape.hidden_size, query_size),
                 gate_up=weight(seed + 6, 2 * shape.intermediate_size, shape.hidden_size),
                 down=weight(seed + 7, shape.hidden_size, shape.intermediate_size),
-                **{f"{name}_bias": vector(seed + 8, size) if biases else None for name, size in sizes.items()},
+                **{
+                    f"{name}_bias": vector(seed + 8 + i, size) if biases else None
+                    for i, (name, size) in enumerate(sizes.items())
+                },
             )
         )
     return DecoderWeights(tuple(layers), vector(99, shape.hidden_size), shape)

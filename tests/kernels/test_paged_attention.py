@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.helpers import DTYPES, Request, Shape, as_bits, check, make_batch, num_blocks_of
+from tests.kernels.helpers import (
+    DTYPES,
+    Request,
+    Shape,
+    as_bits,
+    assert_kernel_is_right,
+    check,
+    make_batch,
+    num_blocks_of,
+)
 
 BLOCK_SIZES = (8, 16, 32)
 
@@ -146,3 +155,20 @@ def test_layers_share_one_plan_and_do_not_disturb_each_other():
     for layer, window, output in zip(layers, windows, together, strict=True):
         alone = make_batch(mixture(16), shape)._replace(query=layer.query)
         assert torch.equal(alone.run(sliding_window=window), output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [32, 64, 128])
+def test_weights_are_not_rounded_to_the_dtype_of_the_values(dtype: torch.dtype, head_size: int):
+    """Two keys of nearly the same weight, values 1 and -1: what is left is the difference of the weights, a thousandth,
+    which bfloat16 weights would not show."""
+    batch = make_batch([Request(2, seed=1)], Shape(dtype=dtype, head_size=head_size))
+    first, second = (int(batch.metadata.block_table[0, 0]) * 16 + position for position in range(2))
+    keys, values = batch.k_cache.flatten(1, 2), batch.v_cache.flatten(1, 2)
+    batch.query.fill_(0)[..., 0] = 1
+    keys[:, [first, second]] = 0
+    keys[:, second, 0] = -(2.0**-7)
+    values[:, first], values[:, second] = 1, -1
+    kernel, reference = batch.run(impl="cpu", scale=0.125), batch.double().run(impl="reference", scale=0.125)
+    assert_kernel_is_right(kernel, reference.to(dtype), reference)
+    assert (reference > 4e-4).all()
