@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import prange, types
 from numba.extending import intrinsic, overload
 
@@ -28,14 +28,18 @@ __all__ = [
     "BFLOAT16",
     "FLOAT32",
     "INT64",
+    "WORD",
     "array_at",
     "constant",
     "cycles",
     "exp",
+    "exp2",
     "jit",
+    "largest_of",
     "like",
     "narrow",
     "prange",
+    "rounded",
     "supports",
     "tanh",
     "use_torch_threads",
@@ -52,12 +56,25 @@ except ImportError:
 else:
     HAS_OPENMP = True
 
+
+def _use_whole_vectors() -> None:
+    """LLVM takes vectors of half the width on CPUs with AMX, for the clock of older ones; exp is a third faster with
+    all of it (benchmarks/LOG.md). Numba reads this once, before the first kernel is compiled, and has no other place to
+    say it. Who has set it keeps it."""
+    features = binding.get_host_cpu_features()
+    if features.get("amx-tile", False) and numba.config.CPU_FEATURES is None:
+        numba.config.CPU_FEATURES = features.flatten() + ",-prefer-256-bit"
+
+
+_use_whole_vectors()
+
 ROUNDING = frozenset({"reassoc", "contract", "arcp", "nsz"})  # of LLVM's fast-math flags, those that spare NaN
 
 
 # ------------------------------------------------------------------ tensors in
 # They tell a kernel what its addresses point to.
 BFLOAT16, FLOAT32, INT64 = np.empty(0, np.uint16), np.empty(0, np.float32), np.empty(0, np.int64)
+WORD = np.empty(0, np.uint32)  # two bfloat16
 
 
 def supports(tensor: torch.Tensor) -> bool:  # [...]
@@ -194,6 +211,40 @@ def _narrow(value, array):  # type: ignore[no-untyped-def]
     return to_bfloat16
 
 
+def rounded(value: Any, array: Any) -> Any:
+    """widen(narrow(value)), by operations that the compiler makes wide vectors of. A NaN must be one that arithmetic
+    gave."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+@overload(rounded)
+def _rounded(value, array):  # type: ignore[no-untyped-def]
+    if isinstance(array.dtype, types.Float):
+        return lambda value, array: value
+
+    def to_bfloat16(value, array):  # type: ignore[no-untyped-def]
+        bits = _float_to_bits(value)
+        up = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return _bits_to_float((bits + up) & np.uint32(0xFFFF0000))
+
+    return to_bfloat16
+
+
+@jit(inline="always")
+def largest_of(values: Any) -> Any:
+    """The maximum of values [num_values] float32, NaN if there is a positive one, -infinity if there is nothing.
+
+    By their bits: a float's order is that of its bits as an integer, the lower 31 turned around for negative ones. The
+    compiler makes vectors of a maximum of integers, and no others while NaN counts.
+    """
+    largest = np.int32(-0x7F800001)  # -infinity's
+    for i in range(len(values)):
+        bits = np.int32(_float_to_bits(values[i]))
+        bits ^= (bits >> np.int32(31)) & np.int32(0x7FFFFFFF)
+        largest = max(largest, bits)
+    return _bits_to_float(np.uint32(largest ^ ((largest >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+
+
 @jit(inline="always")
 def exp(x: Any) -> Any:
     """e^x in float32, within 2 units in the last place; a polynomial, so that loops over it become vectors.
@@ -211,6 +262,24 @@ def exp(x: Any) -> Any:
     p = p * f + np.float32(1.6666665459e-1)
     p = p * f + np.float32(5.0000001201e-1)
     p = p * f * f + f + np.float32(1.0)
+    return p * _bits_to_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+@jit(inline="always")
+def exp2(x: Any) -> Any:
+    """2^x in float32 for x up to 0, within 2e-7 of it; below -126 it gives 2^-126. Half of exp's work.
+
+    x = n + f: 2^n goes into the exponent's bits, 2^f is a polynomial through the Chebyshev nodes of [-0.5, 0.5].
+    """
+    x = np.float32(-126.0) if x < np.float32(-126.0) else x
+    n = np.floor(x + np.float32(0.5))
+    f = x - n
+    p = np.float32(0.001339086336)
+    p = p * f + np.float32(0.009676031918)
+    p = p * f + np.float32(0.05550357114)
+    p = p * f + np.float32(0.2402210749)
+    p = p * f + np.float32(0.693147188)
+    p = p * f + np.float32(1.000000075)
     return p * _bits_to_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 

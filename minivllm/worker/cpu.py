@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from minivllm.kernels.decoder_step import decoder_step, takes
+from minivllm.kernels.decoder_step import decoder_step
 from minivllm.kernels.paged_attention import KEYS_PER_ITEM, AttentionMetadata
 from minivllm.models.whole_step import decoder_weights
 from minivllm.sample.metadata import SamplingMetadata
@@ -61,13 +61,13 @@ class CPUPath:
 
     def forward(self, batch: InputBatch) -> torch.Tensor:  # [num_tokens, hidden_size]
         """Hidden states of a prepared batch; writes its keys and values."""
-        if self.decoder_weights is None or not takes(batch.attention):
+        if self.decoder_weights is None:
             return self.call_modules(batch)
         rope = self.model.ropes["default"](batch.positions)
         return decoder_step(self.model.embed(batch.input_ids), *rope, self.decoder_weights, batch.attention)
 
     def call_modules(self, batch: InputBatch) -> torch.Tensor:  # [num_tokens, hidden_size]
-        """The same by the modules one after the other: for many rows, and where hooks look into them."""
+        """The same by the modules one after the other: for other models, and where hooks look into them."""
         hidden_states: torch.Tensor = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attention)
         return hidden_states
 

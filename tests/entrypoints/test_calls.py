@@ -99,7 +99,12 @@ def lines(log: io.StringIO, logger: str = "minivllm.access") -> list[dict[str, A
 
 
 def test_one_line_for_each_call(web: Web, log: io.StringIO):
-    replies = [web.complete(**SHORT), web.chat(stream=True, **SHORT), web.chat(temperature=9), web.get("/none?key=a-query-word")]
+    replies = [
+        web.complete(**SHORT),
+        web.chat(stream=True, **SHORT),
+        web.chat(temperature=9),
+        web.get("/none?key=a-query-word"),
+    ]
     found = lines(log)
     assert [(one["method"], one["path"], one["status"]) for one in found] == [
         ("POST", COMPLETIONS, 200),

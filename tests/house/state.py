@@ -26,11 +26,13 @@ IMMUTABLE_CALLS = frozenset(
 EXCEPTIONS = frozenset(
     {
         ("minivllm.cli", "app"),  # typer's table of commands, filled by decorators while the module is imported
-        *[("minivllm.kernels.jit", name) for name in ("BFLOAT16", "FLOAT32", "INT64")],  # arrays of no values
+        *[("minivllm.kernels.jit", name) for name in ("BFLOAT16", "FLOAT32", "INT64", "WORD")],  # arrays of no values
         ("minivllm.kernels.amx", "TILE_SHAPE"),  # an array that cannot be written to
         ("minivllm.engine.llm_engine", "logger"),  # the logging module's own registry
     }
 )
+# Settings of other packages that have no other place, each set once before it is read.
+SETTINGS = frozenset({("minivllm.kernels.jit", "numba.config.CPU_FEATURES")})
 MUTATORS = frozenset(
     {"append", "extend", "insert", "remove", "pop", "popitem", "clear", "sort", "reverse", "add", "discard", "update"}
     | {"setdefault", "move_to_end", "appendleft", "popleft", "intersection_update", "difference_update"}
@@ -153,7 +155,7 @@ def hidden_globals(modules: Iterable[Module]) -> list[str]:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
                 owner = dotted(node.value)
-                if owner.split(".")[0] in shared:
+                if owner.split(".")[0] in shared and (module.name, f"{owner}.{node.attr}") not in SETTINGS:
                     complaints.append(module.at(node, f"{owner}.{node.attr} is set on a module, function or class"))
             if isinstance(node, ast.Call) and dotted(node.func) == "setattr" and dotted(node.args[0]) in shared:
                 complaints.append(module.at(node, f"setattr on {dotted(node.args[0])}"))

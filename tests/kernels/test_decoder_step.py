@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm.kernels.decoder_step import DecoderLayer, DecoderShape, DecoderWeights, decoder_step, takes
+from minivllm.kernels.decoder_step import DecoderLayer, DecoderShape, DecoderWeights, decoder_step
 from minivllm.kernels.packed_matmul.reference import pack
 from minivllm.kernels.paged_attention import AttentionMetadata
 from tests.kernels.helpers import Batch, Request, Shape, as_bits, assert_kernel_is_right, make_batch, random_values
@@ -152,15 +152,14 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch():
     assert torch.equal(as_bits(run(make_weights(alone), alone, "cpu")), as_bits(together[:1]))
 
 
-def test_which_steps_it_takes():
-    def step(*num_rows: int) -> AttentionMetadata:
-        return batch_of([Request(max(n, 70), num_rows=n, seed=n) for n in num_rows]).metadata
-
-    few = step(1, 64, 3)
-    many, long = step(*[64] * 3), step(65)
-    assert takes(few) == takes(step(1))  # both where there is AMX, else none
-    assert not takes(many)
-    assert not takes(long)
+@pytest.mark.parametrize("sliding_window", [None, 33])
+def test_prompts_of_any_length_beside_decodes_are_right(sliding_window: int | None):
+    lengths = [(17, 17), (32, 32), (1, 70), (33, 33), (64, 90), (16, 16), (300, 300), (65, 600), (31, 287), (1, 2)]
+    batch = batch_of([Request(end, num_rows=n, seed=n) for n, end in lengths])
+    weights = make_weights(batch, shape=dataclasses.replace(SHAPE, sliding_window=sliding_window))
+    plain, exact = copied(weights), copied(weights, torch.float64)
+    kernel = run(weights, batch, "cpu")
+    assert_kernel_is_right(kernel, run(plain, batch, "reference"), run(exact, batch, "reference", torch.float64))
 
 
 def test_wrong_arguments_are_named_and_nothing_is_written():

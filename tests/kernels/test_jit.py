@@ -10,7 +10,23 @@ import pytest
 import torch
 
 from minivllm.kernels import jit as compiled
-from minivllm.kernels.jit import array_at, constant, exp, jit, like, narrow, supports, tanh, value_of, widen
+from minivllm.kernels.jit import (
+    BFLOAT16,
+    FLOAT32,
+    array_at,
+    constant,
+    exp,
+    exp2,
+    jit,
+    largest_of,
+    like,
+    narrow,
+    rounded,
+    supports,
+    tanh,
+    value_of,
+    widen,
+)
 from minivllm.kernels.paged_attention import paged_attention
 from tests.kernels.helpers import DTYPES, Request, Shape, as_bits, make_batch, random_values
 from tests.tolerances import COMPILED_EXP
@@ -72,6 +88,65 @@ def test_exp_far_out_and_of_what_is_no_number():
     assert (exps[:2] >= 0).all() and (exps[:2] < 1e-37).all()
     assert np.isposinf(exps[2:4]).all() and np.isnan(exps[4])
     assert tanhs[:4].tolist() == [-1, -1, 1, 1] and np.isnan(tanhs[4])
+
+
+@jit
+def apply_exp2(values, powers):
+    for i in range(len(values)):
+        powers[i] = exp2(values[i])
+
+
+def test_exp2_is_that_of_float64_and_nearly_nothing_far_below():
+    values = np.linspace(-125, 0, 100_001).astype(np.float32)
+    powers = np.empty_like(values)
+    apply_exp2(values, powers)
+    exact = np.exp2(values.astype(np.float64))
+    assert (np.abs(powers - exact) <= COMPILED_EXP * exact).all()
+    far = np.array([-200, -np.inf, np.nan], dtype=np.float32)
+    apply_exp2(far, powers[:3])
+    assert (powers[:2] >= 0).all() and (powers[:2] < 1.2e-38).all() and np.isnan(powers[2])
+
+
+@jit
+def apply_rounded(values, results, like_result):
+    for i in range(len(values)):
+        results[i] = rounded(values[i], like_result)
+
+
+def test_rounded_is_what_torch_would_keep():
+    values = torch.cat([torch.tensor(SPECIAL), random_values(5000, dtype=torch.float32)])
+    results = np.empty(len(values), np.float32)
+    apply_rounded(values.numpy(), results, BFLOAT16)
+    expected = values.bfloat16().float()
+    is_number = ~expected.isnan()
+    assert np.isnan(results[~is_number.numpy()]).all()
+    assert torch.equal(torch.from_numpy(results)[is_number].view(torch.int32), expected[is_number].view(torch.int32))
+    apply_rounded(values.numpy(), results, FLOAT32)
+    assert torch.equal(torch.from_numpy(results)[is_number], values[is_number])
+
+
+@jit
+def largest(values):
+    return largest_of(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], [-3.0], [-3.0, -0.5, -7.0], [0.0, -0.0], [-np.inf, -np.inf], [1.0, np.inf], [-1e-45, -1.0], [2.0, 3.5, -9.0]],
+    ids=str,
+)
+def test_the_largest_of_a_few(values: list[float]):
+    assert largest(np.array(values, np.float32)) == np.float32(max(values, default=-np.inf))
+
+
+def test_the_largest_of_many_wherever_it_is_and_a_number_that_has_gone_bad():
+    values = random_values(1000, dtype=torch.float32).numpy()
+    for place in (0, 1, 15, 16, 500, 998, 999):
+        one = values.copy()
+        one[place] = 50
+        assert largest(one) == 50 and largest(-np.abs(one)) == (-np.abs(one)).max()
+        one[place] = np.nan
+        assert np.isnan(largest(one))
 
 
 @jit

@@ -25,6 +25,16 @@ def test_products_are_right(num_rows: int, shape: tuple[int, int], has_bias: boo
     assert_kernel_is_right(kernel, reference, exact)
 
 
+@pytest.mark.parametrize(("num_rows", "in_features"), [(353, 576), (700, 576), (257, 1536)])
+def test_products_of_many_rows_are_right(num_rows: int, in_features: int):
+    """So many that they are taken in groups, the last block of one of them not whole."""
+    rows, weight = random_values(num_rows, in_features, dtype=BF16), random_values(65, in_features, dtype=BF16, seed=1)
+    with poisoned_memory():
+        kernel = packed_matmul(rows, pack(weight), 65, impl="cpu")
+    reference = packed_matmul(rows, pack(weight), 65, impl="reference")
+    assert_kernel_is_right(kernel, reference, rows.double() @ weight.double().t())
+
+
 def test_a_row_has_the_same_bits_alone_and_in_a_batch():
     rows, strips = random_values(40, 576, dtype=BF16), pack(random_values(96, 576, dtype=BF16, seed=1))
     together = packed_matmul(rows, strips, 96)

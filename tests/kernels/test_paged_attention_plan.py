@@ -31,8 +31,6 @@ def plan_of(requests: list[Request], shape: Shape = SHAPE, **options: Any) -> La
 
 def items_of(plan: LayerPlan) -> list[tuple[int, int, int, int, int]]:
     """Request, first row, rows, first key and end of each item."""
-    if plan.rows is None:
-        return []
     return [(request, row, rows, key, end) for request, row, rows, _, key, end, _ in plan.rows.items.tolist()]
 
 

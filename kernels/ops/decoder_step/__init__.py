@@ -1,4 +1,4 @@
-"""All layers of a Llama-shaped decoder for the few rows of a decode step or of a short prompt, in one call.
+"""All layers of a Llama-shaped decoder for the rows of a step, in one call.
 
     per layer: residual += hidden; hidden = attention(norm(residual)); residual += hidden; hidden = mlp(norm(residual))
     out        norm(residual + hidden)
@@ -18,24 +18,15 @@ import torch
 from minivllm.kernels.decoder_step import cpu, reference
 from minivllm.kernels.decoder_step.weights import PARTS, DecoderLayer, DecoderShape, DecoderWeights
 from minivllm.kernels.dispatch import choose
-from minivllm.kernels.packed_matmul import MAX_ROWS
 from minivllm.kernels.paged_attention.cpu_rows_amx import can_use_amx
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata, validate_metadata
 
-__all__ = ["PARTS", "DecoderLayer", "DecoderShape", "DecoderWeights", "decoder_step", "is_fast_for", "takes"]
-
-MAX_QUERY_TOKENS = 64
+__all__ = ["PARTS", "DecoderLayer", "DecoderShape", "DecoderWeights", "decoder_step", "is_fast_for"]
 
 
 def is_fast_for(cache: torch.Tensor) -> bool:  # [num_kv_heads, num_blocks, block_size, head_size]
     """Whether there is more than the reference: on a CPU with AMX, for a model whose caches are like this."""
     return can_use_amx(cache.dtype, cache.shape[-1])
-
-
-def takes(metadata: AttentionMetadata) -> bool:
-    """Whether a step is small enough to gain: few rows, and of no request so many that flash attention is faster."""
-    starts = metadata.query_start_loc
-    return starts[-1] <= MAX_ROWS and all(b - a <= MAX_QUERY_TOKENS for a, b in zip(starts, starts[1:], strict=False))
 
 
 def decoder_step(
@@ -49,7 +40,7 @@ def decoder_step(
 ) -> torch.Tensor:  # [num_tokens, hidden_size]
     """Returns the normed hidden states and writes the tokens' keys and values into the caches of the layers.
 
-    The step must be one that `takes` says yes to. Raises ValueError naming both sides where arguments do not fit,
+    Raises ValueError naming both sides where arguments do not fit,
     before anything is written.
     """
     shape, num_tokens = weights.shape, metadata.query_start_loc[-1]

@@ -17,7 +17,9 @@ import torch
 from minivllm.kernels.decoder_step.weights import ATTENTION, NORMS, PRODUCTS, ROTATION, DecoderWeights
 from minivllm.kernels.jit import FLOAT32, array_at, cycles, jit, like, narrow, prange, use_torch_threads, widen
 from minivllm.kernels.packed_matmul.cpu import BYTES, multiply, multiply_and_gate, padded
-from minivllm.kernels.paged_attention.cpu_plan import LayerShape, StepPlan, plan_layer
+from minivllm.kernels.paged_attention.cpu_plan import PROMPT_ROWS, LayerShape, StepPlan, plan_layer
+from minivllm.kernels.paged_attention.cpu_prompts_amx import attend as attend_prompts
+from minivllm.kernels.paged_attention.cpu_prompts_amx import lay_out
 from minivllm.kernels.paged_attention.cpu_rows import known_head_size, merge
 from minivllm.kernels.paged_attention.cpu_rows_amx import attend_with_amx
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata
@@ -42,10 +44,10 @@ def decoder_step(
     num_kv_heads, num_blocks, block_size, head_size = weights.layers[0].k_cache.shape
     group = shape.num_heads // num_kv_heads
     layer_shape = LayerShape(
-        num_kv_heads, group, head_size, hidden_states.dtype, shape.sliding_window, all_tiles=False, all_rows=True
+        num_kv_heads, group, head_size, hidden_states.dtype, shape.sliding_window, all_tiles=False, all_rows=False
     )
-    rows = metadata.plan.derive(plan_layer, layer_shape, metadata.block_table).rows
-    assert rows is not None
+    plan = metadata.plan.derive(plan_layer, layer_shape, metadata.block_table)
+    rows, prompts = plan.rows, plan.prompts  # with AMX there is no third way
     residual, out = hidden_states.contiguous(), torch.empty_like(hidden_states)
     workspace = _workspace(num_rows, weights)  # alive until the call returns
     run_layers(
@@ -60,23 +62,25 @@ def decoder_step(
         (rows.attended, rows.totals),
         rows.chunks,
         rows.has_shared_rows,
+        (prompts.prompts, prompts.tiles, prompts.works),
+        prompts.laid_out,
         known_head_size(head_size),
-        tuple(buffer.ctypes.data for buffer in workspace),
+        tuple(buffer.data_ptr() for buffer in workspace),
         weights.cycles,
         like(hidden_states),
     )
     return out
 
 
-def _workspace(num_rows: int, weights: DecoderWeights) -> tuple[np.ndarray, ...]:
+def _workspace(num_rows: int, weights: DecoderWeights) -> tuple[torch.Tensor, ...]:
     """What a layer leaves behind for the next operation: hidden, normed, qkv, query, attended, gated.
 
-    The left-hand sides of products have whole tiles of rows, zeros where there is none.
+    The left-hand sides of products and of attention have whole tiles of rows, zeros where there is none.
     """
-    shape, whole = weights.shape, padded(num_rows)
+    shape, whole = weights.shape, padded(num_rows) + PROMPT_ROWS
     query_size = shape.num_heads * shape.head_size
     widths = (shape.hidden_size, shape.hidden_size, shape.qkv_size, query_size, query_size, shape.intermediate_size)
-    return tuple(np.zeros((whole, width), np.uint16) for width in widths)
+    return tuple(torch.zeros(whole, width, dtype=torch.bfloat16) for width in widths)
 
 
 @jit
@@ -92,6 +96,8 @@ def run_layers(
     partial: tuple[Any, ...],  # what items leave behind for merge
     chunks: Any,
     has_shared_rows: bool,
+    prompts: tuple[Any, ...],  # of plan_prompts: prompts, tiles, works
+    laid_out: tuple[int, ...],  # addresses of their keys and values, and how many
     known_head_size: Any,
     workspace: tuple[int, ...],  # addresses; hidden holds zeros
     spent: Any,  # [num_parts] cycles, added to
@@ -118,6 +124,10 @@ def run_layers(
         attend_with_amx(*attention, cache_sizes, known_head_size, *contexts, *scoring, *partial, like)
         if has_shared_rows:
             merge(contexts[1], chunks, *partial, num_heads // num_kv_heads, attended, num_rows, like)
+        if len(prompts[2]) > 0:
+            about = (cache_sizes, known_head_size, prompts[0])
+            lay_out(caches, *about, contexts[0], prompts[1], laid_out)
+            attend_prompts(query, attended, *about, prompts[2], laid_out, scoring[0][0], scoring[2])
         now = spend(spent, ATTENTION, now)
         multiply(attended, w_o, o_bias, hidden, (num_rows, num_heads * head_size, hidden_size), like)
         now = spend(spent, PRODUCTS, now)

@@ -23,6 +23,8 @@ import torch
 from minivllm.kernels.amx import (
     TILE_SHAPE,
     load_tiles_shape,
+    narrow_row,
+    on_stack,
     prefetch,
     release_tiles,
     tile_dot_bf16,
@@ -30,7 +32,7 @@ from minivllm.kernels.amx import (
     tile_store,
     tile_zero,
 )
-from minivllm.kernels.jit import array_at, exp, jit, like, narrow, prange, use_torch_threads, widen
+from minivllm.kernels.jit import FLOAT32, array_at, exp, jit, like, narrow, prange, rounded, use_torch_threads, widen
 
 STRIP = 32  # outputs
 TILE_ROWS = 16
@@ -38,6 +40,8 @@ ROWS_AT_ONCE = 32
 CHUNK = 32  # columns of one left-hand tile
 BYTES = 2  # of a bfloat16
 CACHE_LINE = 64
+SUMS_BYTES = ROWS_AT_ONCE * STRIP * 4
+GROUP_BYTES = 3 << 17
 AHEAD = 4096  # bytes: the CPU itself asks no further than the end of a page (a tenth faster)
 
 
@@ -65,35 +69,52 @@ def packed_matmul(
 
 
 @jit
-def dot(rows: int, num_rows: int, num_columns: int, strip: int, sums: Any) -> None:
+def dot(rows: int, num_rows: int, num_columns: int, strip: int, ahead: int, sums: int) -> None:
     """sums[:num_rows rounded up, 32] = rows . strip, at most 32 rows.
 
-    rows: address of [num_rows rounded up to 16, num_columns]; strip: address of [num_columns / 2, 32, 2].
+    rows: address of [num_rows rounded up to 16, num_columns]; strip: address of [num_columns / 2, 32, 2], which asks
+    for the bytes `ahead` of it unless that is 0; sums: address of [32, 32] float32.
     """
     row_bytes, sum_bytes, pair_bytes = num_columns * BYTES, STRIP * 4, STRIP * 2 * BYTES
-    lower, sums_at = rows + TILE_ROWS * row_bytes, sums.ctypes.data
+    lower = rows + TILE_ROWS * row_bytes
     tile_zero(0)
     tile_zero(1)
     tile_zero(2)
     tile_zero(3)
     for chunk in range(num_columns // CHUNK):
         weights = strip + chunk * (CHUNK // 2) * pair_bytes
-        for line in range(0, (CHUNK // 2) * pair_bytes, CACHE_LINE):
-            prefetch(weights + AHEAD + line)
+        if ahead > 0:
+            for line in range(0, (CHUNK // 2) * pair_bytes, CACHE_LINE):
+                prefetch(weights + ahead + line)
         tile_load(6, weights, pair_bytes)
-        tile_load(7, weights + pair_bytes // 2, pair_bytes)
         tile_load(4, rows + chunk * CHUNK * BYTES, row_bytes)
         tile_dot_bf16(0, 4, 6)
+        tile_load(7, weights + pair_bytes // 2, pair_bytes)
         tile_dot_bf16(1, 4, 7)
         if num_rows > TILE_ROWS:
             tile_load(5, lower + chunk * CHUNK * BYTES, row_bytes)
             tile_dot_bf16(2, 5, 6)
             tile_dot_bf16(3, 5, 7)
-    tile_store(0, sums_at, sum_bytes)
-    tile_store(1, sums_at + sum_bytes // 2, sum_bytes)
+    tile_store(0, sums, sum_bytes)
+    tile_store(1, sums + sum_bytes // 2, sum_bytes)
     if num_rows > TILE_ROWS:
-        tile_store(2, sums_at + TILE_ROWS * sum_bytes, sum_bytes)
-        tile_store(3, sums_at + TILE_ROWS * sum_bytes + sum_bytes // 2, sum_bytes)
+        tile_store(2, sums + TILE_ROWS * sum_bytes, sum_bytes)
+        tile_store(3, sums + TILE_ROWS * sum_bytes + sum_bytes // 2, sum_bytes)
+
+
+@jit(inline="always")
+def add_bias(sums: Any, num_rows: int, bias: Any) -> None:  # [32, 32], changed; [32], of the strip's outputs
+    for row in range(num_rows):
+        for i in range(len(bias)):
+            sums[row, i] += widen(bias[i])
+
+
+@jit(inline="always")
+def keep(sums: int, num_rows: int, out: int, row_bytes: int) -> None:
+    """The rows of sums [32, 32], rounded, as 32 columns of the rows at `out`."""
+    for row in range(num_rows):
+        narrow_row(sums + row * STRIP * 4, out + row * row_bytes)
+        narrow_row(sums + row * STRIP * 4 + TILE_ROWS * 4, out + row * row_bytes + TILE_ROWS * BYTES)
 
 
 @jit(parallel=True)
@@ -108,20 +129,27 @@ def multiply(
     """out = rows . weight + bias, rounded once."""
     num_rows, in_features, out_features = sizes
     outs, biases = array_at(out, (num_rows, out_features), like), array_at(bias, (out_features,), like)
-    for strip in prange(-(-out_features // STRIP)):
+    row_bytes, strip_bytes = in_features * BYTES, in_features * STRIP * BYTES
+    num_strips = -(-out_features // STRIP)
+    for part in prange(num_groups(num_rows, in_features) * num_strips):
         load_tiles_shape(TILE_SHAPE.ctypes.data)
-        sums = np.empty((ROWS_AT_ONCE, STRIP), np.float32)
+        sums_at = on_stack(SUMS_BYTES)
+        sums = array_at(sums_at, (ROWS_AT_ONCE, STRIP), FLOAT32)
+        group, strip = part // num_strips, part % num_strips
         width = min(STRIP, out_features - strip * STRIP)
-        for first in range(0, num_rows, ROWS_AT_ONCE):
-            count = min(ROWS_AT_ONCE, num_rows - first)
-            source = rows + first * in_features * BYTES
-            dot(source, count, in_features, weight + strip * in_features * STRIP * BYTES, sums)
-            for row in range(count):
-                if bias != 0:
+        start, end = rows_of_group(num_rows, in_features, group)
+        for first in range(start, end, ROWS_AT_ONCE):
+            count, ahead = min(ROWS_AT_ONCE, end - first), AHEAD if first == start else 0
+            source, strip_at = rows + first * row_bytes, weight + strip * strip_bytes
+            dot(source, count, in_features, strip_at, ahead, sums_at)
+            if bias != 0:
+                add_bias(sums, count, biases[strip * STRIP : strip * STRIP + width])
+            if width == STRIP:
+                keep(sums_at, count, out + (first * out_features + strip * STRIP) * BYTES, out_features * BYTES)
+            else:
+                for row in range(count):
                     for i in range(width):
-                        sums[row, i] += widen(biases[strip * STRIP + i])
-                for i in range(width):
-                    outs[first + row, strip * STRIP + i] = narrow(sums[row, i], like)
+                        outs[first + row, strip * STRIP + i] = narrow(sums[row, i], like)
         release_tiles()
 
 
@@ -136,25 +164,50 @@ def multiply_and_gate(
 ) -> None:
     """silu_and_mul of the product, rounded where the two operations would round."""
     num_rows, in_features, out_features = sizes
-    outs, biases = array_at(out, (num_rows, out_features), like), array_at(bias, (2 * out_features,), like)
-    strip_bytes = in_features * STRIP * BYTES
-    for strip in prange(out_features // STRIP):
+    biases = array_at(bias, (2 * out_features,), like)
+    row_bytes, strip_bytes = in_features * BYTES, in_features * STRIP * BYTES
+    num_strips = out_features // STRIP
+    for part in prange(num_groups(num_rows, in_features) * num_strips):
         load_tiles_shape(TILE_SHAPE.ctypes.data)
-        gates, ups = np.empty((ROWS_AT_ONCE, STRIP), np.float32), np.empty((ROWS_AT_ONCE, STRIP), np.float32)
-        gate_strip = weight + strip * strip_bytes
-        up_strip = gate_strip + out_features // STRIP * strip_bytes
-        for first in range(0, num_rows, ROWS_AT_ONCE):
-            count = min(ROWS_AT_ONCE, num_rows - first)
-            source = rows + first * in_features * BYTES
-            dot(source, count, in_features, gate_strip, gates)
-            dot(source, count, in_features, up_strip, ups)
-            for row in range(count):
-                if bias != 0:
-                    for i in range(STRIP):
-                        gates[row, i] += widen(biases[strip * STRIP + i])
-                        ups[row, i] += widen(biases[out_features + strip * STRIP + i])
-                for i in range(STRIP):
-                    gate = widen(narrow(gates[row, i], like))
-                    gate = widen(narrow(gate / (np.float32(1) + exp(-gate)), like))
-                    outs[first + row, strip * STRIP + i] = narrow(gate * widen(narrow(ups[row, i], like)), like)
+        gates_at, ups_at = on_stack(SUMS_BYTES), on_stack(SUMS_BYTES)
+        gates = array_at(gates_at, (ROWS_AT_ONCE, STRIP), FLOAT32)
+        ups = array_at(ups_at, (ROWS_AT_ONCE, STRIP), FLOAT32)
+        group, strip = part // num_strips, part % num_strips
+        gate_at, column = weight + strip * strip_bytes, strip * STRIP
+        up_at = gate_at + num_strips * strip_bytes
+        start, end = rows_of_group(num_rows, in_features, group)
+        for first in range(start, end, ROWS_AT_ONCE):
+            count, ahead = min(ROWS_AT_ONCE, end - first), AHEAD if first == start else 0
+            source = rows + first * row_bytes
+            dot(source, count, in_features, gate_at, ahead, gates_at)
+            dot(source, count, in_features, up_at, ahead, ups_at)
+            if bias != 0:
+                add_bias(gates, count, biases[column : column + STRIP])
+                add_bias(ups, count, biases[out_features + column : out_features + column + STRIP])
+            gate_values(gates_at, ups_at, count * STRIP, like)
+            keep(gates_at, count, out + (first * out_features + column) * BYTES, out_features * BYTES)
         release_tiles()
+
+
+@jit
+def gate_values(gates_at: int, ups_at: int, count: int, like: Any) -> None:
+    """gates = silu(gates) * ups, both [count] float32"""
+    gates, ups = array_at(gates_at, (count,), FLOAT32), array_at(ups_at, (count,), FLOAT32)
+    for i in range(len(gates)):
+        gate = rounded(gates[i], like)
+        gate = rounded(gate / (np.float32(1) + exp(-gate)), like)
+        gates[i] = gate * rounded(ups[i], like)
+
+
+@jit(inline="always")
+def num_groups(num_rows: int, in_features: int) -> int:
+    """Rows are taken in groups that stay in a core's cache while the strips pass by."""
+    return -(-num_rows * in_features * BYTES // GROUP_BYTES)
+
+
+@jit(inline="always")
+def rows_of_group(num_rows: int, in_features: int, group: int) -> tuple[int, int]:
+    """The first and the end of its rows."""
+    blocks = -(-num_rows // ROWS_AT_ONCE)
+    size = -(-blocks // num_groups(num_rows, in_features)) * ROWS_AT_ONCE
+    return group * size, min(num_rows, (group + 1) * size)

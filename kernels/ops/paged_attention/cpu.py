@@ -1,7 +1,8 @@
 """Attention over a paged KV cache on a CPU; the plan (cpu_plan.py) says which request goes which way.
 
-Few rows go to the compiled loop of cpu_rows.py. Many rows go to torch's flash kernel, which reads strided keys in
-place and returns the log-sum-exp by which partial results merge. Knows of requests only what the plan says. Called by
+Few rows go to the compiled loop of cpu_rows.py; many rows, in bfloat16 with AMX, to that of cpu_prompts_amx.py, and
+elsewhere to torch's flash kernel, which reads strided keys in place and returns the log-sum-exp by which partial
+results merge. Knows of requests only what the plan says. Called by
 the package. Twin in vLLM: v1/attention/backends/cpu_attn.py with csrc/cpu.
 """
 
@@ -24,6 +25,7 @@ from minivllm.kernels.paged_attention.cpu_primitives import (
     merge,
     soft_cap_attention,
 )
+from minivllm.kernels.paged_attention.cpu_prompts_amx import attend_prompts
 from minivllm.kernels.paged_attention.cpu_rows import attend_rows
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata
 
@@ -51,8 +53,10 @@ def paged_attention(
     plan = metadata.plan.derive(plan_layer, shape, metadata.block_table)
     query = query.contiguous()
     out = torch.empty_like(query)
-    if plan.rows is not None:
+    if len(plan.rows.items):
         attend_rows(query, k_cache, v_cache, out, plan.rows, scale, soft_cap, alibi_slopes)
+    if len(plan.prompts.works):
+        attend_prompts(query, k_cache, v_cache, out, plan.prompts, scale)
     if plan.prefills or plan.tiles:
         _long_queries(query, k_cache, v_cache, out, plan, scale, soft_cap, alibi_slopes)
     return out

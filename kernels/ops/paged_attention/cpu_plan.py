@@ -3,20 +3,22 @@
 A plan sorts the requests of a step:
 
     rows          one query row (decode) or a few (draft verification, the last tokens of a prompt): cpu_rows.py
-    prefill       many query rows: torch's flash kernel, one request at a time
+    prompts       many query rows, in bfloat16 on a CPU with AMX: cpu_prompts_amx.py
+    prefill       many query rows elsewhere: torch's flash kernel, one request at a time
     tile          many query rows that need a mask of their own: long prompts under a sliding window, soft caps, ALiBi
 
 Batch-invariant steps are all rows. Knows the metadata and a layer's options, not the values in tensors. Called by
 cpu.py. Twin in vLLM: the metadata builder in v1/attention/backends/cpu_attn.py.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from minivllm.kernels.paged_attention.cpu_rows_amx import can_use_amx
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata
 
 # Up to so many rows the compiled loop wins: it reads a block of keys once for all of them. From here on flash
@@ -28,6 +30,9 @@ KEYS_PER_ITEM = 256
 NO_WINDOW = 1 << 60
 # Query rows per masked tile: a window's mask then stays small, and little of it is computed in vain.
 TILE_TOKENS = 128
+# With AMX: query rows that one thread takes at a time, and keys that are laid out together.
+PROMPT_ROWS = 32
+TILE_PAIR = 32
 
 
 class LayerShape(NamedTuple):
@@ -118,12 +123,33 @@ class RowPlan:
 
 
 @dataclass
+class PromptPlan:
+    """The prompts of a step, or none."""
+
+    # of each prompt: its request, first row of the query, rows, position of its first row, first key that is laid out,
+    # end of its keys, and how many keys are laid out before its own
+    prompts: np.ndarray  # [num_prompts, 7] int64
+    works: np.ndarray  # [num_works, 2] int64: a prompt, the first of its rows
+    tiles: np.ndarray  # [num_prompt_tiles, 2] int64: a prompt, the first of 32 keys
+    num_keys: int  # that are laid out, of all prompts: multiples of 32
+    block_table: np.ndarray  # [num_reqs, max_blocks_per_req] int32
+    window: int
+    memory: torch.Tensor  # [2, num_kv_heads * num_keys * head_size] bfloat16, overwritten by every layer
+
+    @property
+    def laid_out(self) -> tuple[int, int, int]:
+        """As the kernels take it: where keys and values lie, and how many."""
+        return self.memory[0].data_ptr(), self.memory[1].data_ptr(), self.num_keys
+
+
+@dataclass
 class LayerPlan:
     """The parts of a step for all layers of one shape."""
 
-    rows: RowPlan | None = None
-    prefills: list[PrefillPart] = field(default_factory=list)
-    tiles: list[Tile] = field(default_factory=list)
+    rows: RowPlan
+    prompts: PromptPlan
+    prefills: list[PrefillPart]
+    tiles: list[Tile]
 
 
 Plan = TypeVar("Plan")
@@ -149,6 +175,7 @@ class StepPlan:
         for plan in self._derived.values():
             if isinstance(plan, LayerPlan):
                 found |= {prefill.first_row: "prefill" for prefill in plan.prefills}
+                found |= {int(first_row): "prompt" for first_row in plan.prompts.prompts[:, 1]}
                 found |= {tile.first_row: "tile" for tile in plan.tiles if tile.first_row in found}
         return found
 
@@ -179,24 +206,29 @@ def plan_layer(
     block_table: torch.Tensor,  # [num_reqs, max_blocks_per_req] int32
 ) -> LayerPlan:
     """Sorts the requests of a step into parts; see the module's docstring."""
-    plan = LayerPlan()
-    short: list[Context] = []
+    rows: list[Context] = []
+    prompts: list[Context] = []
+    prefills: list[PrefillPart] = []
+    tiles: list[Tile] = []
     for context in contexts:
         window = shape.sliding_window
         if shape.all_rows or context.num_rows <= SHORT_QUERY_TOKENS:
-            short.append(context)
-        elif shape.all_tiles or (window is not None and context.seq_len > window):
-            plan.tiles.extend(_tiles(context, shape))
+            rows.append(context)
+        elif shape.all_tiles:
+            tiles.extend(_tiles(context, shape))
+        elif can_use_amx(shape.dtype, shape.head_size):
+            prompts.append(context)
+        elif window is not None and context.seq_len > window:
+            tiles.extend(_tiles(context, shape))
         else:
             keys = _keys(context, np.arange(context.seq_len))
-            plan.prefills.append(PrefillPart(context.first_row, context.num_rows, keys))
-    if short:
-        plan.rows = _plan_rows(short, block_table.numpy(), shape)
-    return plan
+            prefills.append(PrefillPart(context.first_row, context.num_rows, keys))
+    table = block_table.numpy()
+    return LayerPlan(_plan_rows(rows, table, shape), _plan_prompts(prompts, table, shape), prefills, tiles)
 
 
 def _plan_rows(
-    contexts: list[Context],
+    contexts: Sequence[Context],
     block_table: np.ndarray,  # [num_reqs, max_blocks_per_req] int32
     shape: LayerShape,
 ) -> RowPlan:
@@ -213,17 +245,50 @@ def _plan_rows(
             about = (context.request, context.first_row + row, num_rows, first)
             items += [(*about, key, min(end, key + KEYS_PER_ITEM), len(keys) == 1) for key in keys]
             chunks.append(len(items))
-    most_rows = max(num_rows for _, _, num_rows, *_ in items)
+    most_rows = max((num_rows for _, _, num_rows, *_ in items), default=0)
     outputs = (len(items), shape.num_kv_heads, most_rows * shape.group)
     return RowPlan(
         block_table,
-        np.asarray(items),
+        np.array(items, np.int64).reshape(-1, 7),
         np.asarray(chunks),
         NO_WINDOW if window is None else window,
         has_shared_rows=len(items) >= len(chunks),
         attended=np.empty((*outputs, shape.head_size), np.float32),
         totals=np.empty((*outputs, 2), np.float32),
         no_slopes=np.zeros(shape.num_kv_heads * shape.group, np.float32),
+    )
+
+
+def _plan_prompts(
+    contexts: Sequence[Context],
+    block_table: np.ndarray,  # [num_reqs, max_blocks_per_req] int32
+    shape: LayerShape,
+) -> PromptPlan:
+    """Cuts the prompts' rows and keys into works."""
+    window = shape.sliding_window
+    prompts: list[tuple[int, ...]] = []
+    works: list[tuple[int, int]] = []
+    tiles: list[tuple[int, int]] = []
+    num_keys = 0
+    for context in contexts:
+        position = context.seq_len - context.num_rows
+        first_key = 0 if window is None else max(0, position + 1 - window) // TILE_PAIR * TILE_PAIR
+        about = (context.request, context.first_row, context.num_rows, position, first_key, context.seq_len, num_keys)
+        works += [(len(prompts), row) for row in range(0, context.num_rows, PROMPT_ROWS)]
+        tiles += [(len(prompts), key) for key in range(first_key, context.seq_len, TILE_PAIR)]
+        prompts.append(about)
+        num_keys += -(-(context.seq_len - first_key) // TILE_PAIR) * TILE_PAIR
+    # Later rows see more keys. Numba gives each thread one run of the works: every run gets some of all.
+    threads = torch.get_num_threads()
+    works = [work for thread in range(threads) for work in works[thread::threads]]
+    return PromptPlan(
+        np.array(prompts, np.int64).reshape(-1, 7),
+        np.array(works, np.int64).reshape(-1, 2),
+        np.array(tiles, np.int64).reshape(-1, 2),
+        num_keys,
+        block_table,
+        NO_WINDOW if window is None else window,
+        torch.empty(2, shape.num_kv_heads * num_keys * shape.head_size, dtype=shape.dtype),
     )
 
 

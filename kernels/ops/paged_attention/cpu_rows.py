@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivllm.kernels.jit import array_at, constant, exp, jit, like, narrow, prange, tanh, value_of, widen
+from minivllm.kernels.jit import array_at, constant, exp, jit, largest_of, like, narrow, prange, tanh, value_of, widen
 from minivllm.kernels.paged_attention.cpu_plan import RowPlan
 from minivllm.kernels.paged_attention.cpu_rows_amx import attend_with_amx, can_use_amx
 
@@ -165,9 +165,7 @@ def attend(
             if slope != 0:
                 for j in range(len(seen)):
                     seen[j] -= slope * np.float32(row - first_key - low - j)
-            largest, total = np.float32(-np.inf), np.float32(0)
-            for j in range(len(seen)):
-                largest = seen[j] if seen[j] > largest else largest
+            largest, total = largest_of(seen), np.float32(0)
             for j in range(len(seen)):
                 seen[j] = exp(seen[j] - largest)
                 total += seen[j]

@@ -32,7 +32,7 @@ from minivllm.kernels.amx import (
     tile_store,
     tile_zero,
 )
-from minivllm.kernels.jit import array_at, exp, jit, narrow, prange, tanh, value_of, widen
+from minivllm.kernels.jit import array_at, exp, jit, largest_of, narrow, prange, tanh, value_of, widen
 
 TILE = 16  # keys, or queries
 EIGHT = 8  # queries whose upper and lower weights fill a tile
@@ -242,9 +242,7 @@ def softmax(
     if slope != 0:
         for j in range(len(weights)):
             weights[j] -= slope * np.float32(distance - j)
-    largest, total = np.float32(-np.inf), np.float32(0)
-    for j in range(len(weights)):
-        largest = weights[j] if weights[j] > largest else largest
+    largest, total = largest_of(weights), np.float32(0)
     for j in range(len(weights)):
         weights[j] = exp(weights[j] - largest)
         total += weights[j]
