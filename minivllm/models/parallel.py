@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import torch
 
 from minivllm.errors import ConfigError
+from minivllm.kernels.decoder_step import Meeting
 
 # The last module in a tensor's Hugging Face name -> (dimension that is cut, which range of TensorParallel).
 CUTS: Mapping[str, tuple[int, str]] = MappingProxyType(
@@ -54,6 +55,11 @@ BALANCED_TOKENS = 4096
 
 class Collectives(Protocol):
     """What the ranks do together: every rank calls the same in the same order. worker/collectives.py has two."""
+
+    @property
+    def meeting(self) -> Meeting | None:
+        """For sums inside a compiled step; None: there are only calls."""
+        ...
 
     def all_reduce(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's part, on every rank. part: any shape, spent."""

@@ -190,6 +190,7 @@ class Counting:
 
     def __init__(self, collectives: Collectives):
         self.collectives = collectives
+        self.meeting = None
         self.sum_bytes = self.num_sums = self.logit_bytes = 0
 
     def all_reduce(self, part: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ def decoder_step(
     shape = weights.shape
     widths = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     qkv_size = sum(widths) * shape.head_size
+    all_reduce = (lambda part: part) if weights.meeting is None else weights.meeting.all_reduce
     residual = None
     for layer in weights.layers:
         normed, residual = rms_norm(hidden_states, layer.input_norm, shape.eps, residual, False)
@@ -46,8 +47,9 @@ def decoder_step(
             soft_cap=None,
             alibi_slopes=None,
         )
-        hidden_states = packed_matmul(attended.flatten(1), layer.o, layer.o_bias, shape.hidden_size)
+        hidden_states = all_reduce(packed_matmul(attended.flatten(1), layer.o, layer.o_bias, shape.hidden_size))
         normed, residual = rms_norm(hidden_states, layer.post_norm, shape.eps, residual, False)
         gate_up = packed_matmul(normed, layer.gate_up, layer.gate_up_bias, 2 * shape.intermediate_size)
-        hidden_states = packed_matmul(silu_and_mul(gate_up, "silu"), layer.down, layer.down_bias, shape.hidden_size)
+        gated = silu_and_mul(gate_up, "silu")
+        hidden_states = all_reduce(packed_matmul(gated, layer.down, layer.down_bias, shape.hidden_size))
     return rms_norm(hidden_states, weights.last_norm, shape.eps, residual, False)[0]
