@@ -198,12 +198,13 @@ def store_shared(context: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def pause(context: Any) -> Any:
-    """In a loop that waits: some dozen cycles that leave the core to its other thread. Only on x86."""
+    """In a loop that waits: some dozen cycles that leave the core to its other thread. Nothing but on x86."""
 
     def generate(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         name = "llvm.x86.sse2.pause"
-        function = builder.module.globals.get(name)
-        builder.call(function or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), []), name), [])
+        if binding.get_process_triple().startswith("x86_64"):
+            function = builder.module.globals.get(name)
+            builder.call(function or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), []), name), [])
         return ctx.get_dummy_value()
 
     return types.void(), generate

@@ -180,24 +180,26 @@ def test_slots_of_less_than_a_piece_leave_it_to_the_modules(monkeypatch: pytest.
     assert tables_of(tiny_hf(tiny_config("LlamaConfig", **WIDE)), 2) == [False, False]
 
 
-def tables_of(network: Any, size: int) -> list[bool]:
-    """Which ranks have a table."""
+def tables_of(network: Any, size: int, *, cannot: int | None = None) -> list[bool]:
+    """Which ranks have a table. cannot: a rank with caches that no table takes."""
 
     def has_one(rank: int, collectives: SharedMemoryCollectives) -> bool:
         model = rank_model(network, rank, size, collectives)
-        return decoder_weights(model, PagedRun(model, block_size=16).kv_caches) is not None
+        caches = PagedRun(model, block_size=16).kv_caches
+        if rank == cannot:
+            caches = [tuple(cache.to(torch.int8) for cache in layer) for layer in caches]
+        return decoder_weights(model, caches) is not None
 
     return on_ranks(size, has_one)
 
 
 def test_all_ranks_have_one_or_none_has():
-    """A width of 224 in two parts: 32 columns more than a multiple on one rank only."""
-    config = tiny_config("LlamaConfig", **{**SIZES, "intermediate_size": 160, "num_key_value_heads": 2})
-    assert tables_of(tiny_hf(config), 2) == [False, False]
-    assert tables_of(tiny_hf(tiny_config("LlamaConfig", **WIDE)), 2) == [HAS_AMX] * 2
+    network = tiny_hf(tiny_config("LlamaConfig", **WIDE))
+    assert tables_of(network, 2) == [HAS_AMX] * 2
+    assert tables_of(network, 3, cannot=1) == [False] * 3
 
 
-def test_a_rank_that_stops_in_the_middle_of_a_step_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_that_stops_in_the_middle_of_a_step_is_named():
     network = tiny_hf(tiny_config("LlamaConfig", **WIDE))
 
     def stop_early(rank: int, collectives: SharedMemoryCollectives) -> None:

@@ -22,15 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivllm.kernels.amx import narrow_row, on_stack
-from minivllm.kernels.jit import FLOAT32, array_at, call, cycles, jit, load_shared, pause, store_shared, widen
+from minivllm.kernels.amx import on_stack
+from minivllm.kernels.jit import FLOAT32, array_at, call, cycles, jit, load_shared, narrow, pause, store_shared, widen
 
 BYTES = 2  # of a bfloat16
 COUNTER_BYTES = 128  # a counter's place: two cache lines, which the CPU may fetch together
 SLOT_ROWS = 32  # a slot holds at least so many rows of a product, else there is no compiled step
 ALONE = (0, 1, 0, 0, 0, 0, 0, 0)  # the numbers of a rank that meets nobody
 VALUES_AT_ONCE = 512
-_Wait = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +63,7 @@ class Meeting:
                 self.errors.append(error)
             return len(self.errors)
 
-        return _Wait(wait)
+        return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(wait)
 
     def fits(self, hidden_size: int) -> bool:
         """Whether a slot has room for the rows of a piece."""
@@ -89,16 +88,17 @@ def meet(meeting: tuple[int, ...], count: int) -> bool:
 
 @jit
 def add_up(parts: int, size: int, slot_bytes: int, out: int, num_values: int, like: Any) -> None:
-    """out [num_values] = the sum of `size` parts, slot_bytes apart. num_values: a multiple of 16."""
+    """out [num_values] = the sum of `size` parts, slot_bytes apart, each of them added in float32."""
     sums_at = on_stack(2048)  # VALUES_AT_ONCE float32
     for first in range(0, num_values, VALUES_AT_ONCE):
         num = min(VALUES_AT_ONCE, num_values - first)
-        sums, part = array_at(sums_at, (num,), FLOAT32), array_at(parts + first * BYTES, (num,), like)
+        sums, result = array_at(sums_at, (num,), FLOAT32), array_at(out + first * BYTES, (num,), like)
+        part = array_at(parts + first * BYTES, (num,), like)
         for i in range(num):
             sums[i] = widen(part[i])
         for rank in range(1, size):
             part = array_at(parts + rank * slot_bytes + first * BYTES, (num,), like)
             for i in range(num):
                 sums[i] += widen(part[i])
-        for i in range(0, num, 16):
-            narrow_row(sums_at + i * 4, out + (first + i) * BYTES)
+        for i in range(num):
+            result[i] = narrow(sums[i], like)
