@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from minivllm.kernels.amx import HAS_AMX
 from minivllm.errors import EngineDeadError
+from minivllm.kernels.amx import HAS_AMX
 from minivllm.models.layers import ModelOptions
 from minivllm.models.parallel import TensorParallel
 from minivllm.models.registry import model_class
@@ -147,9 +147,7 @@ def steps_of_ranks(network: Any, size: int, steps: list[dict[str, list[int]]] = 
 
 @pytest.mark.parametrize("has_cores", [True, False])
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_compute_what_one_computes_all_the_same_bits(
-    size: int, has_cores: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_ranks_compute_what_one_computes_all_the_same_bits(size: int, has_cores: bool, monkeypatch: pytest.MonkeyPatch):
     """With biases, which must be in the sum once. Right is the network in float32, of weights in bfloat16."""
     monkeypatch.setattr(collectives_module.os, "sched_getaffinity", lambda _: range(size if has_cores else 1))
     network = tiny_hf(tiny_config("LlamaConfig", **WIDE, attention_bias=True, mlp_bias=True))

@@ -109,7 +109,8 @@ def run_layers(
     spent: Any,  # [num_parts] cycles, added to
     like: Any,
 ) -> bool:
-    """The step; False where another rank did not come. Addresses are those of dense tensors as the package's docstring shapes them."""
+    """The step. Addresses are those of dense tensors as the package's docstring shapes them. False: another rank did
+    not come."""
     residual, out, last_norm, cos, sin = ends
     num_rows, num_kv_heads, _, _, _, head_size = cache_sizes
     hidden_size, num_heads, qkv_size, intermediate_size = sizes
