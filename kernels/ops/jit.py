@@ -21,11 +21,12 @@ import numba
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import prange, types
+from numba import get_thread_id, prange, types
 from numba.extending import intrinsic, overload
 
 __all__ = [
     "BFLOAT16",
+    "BYTE",
     "FLOAT32",
     "INT64",
     "WORD",
@@ -35,6 +36,7 @@ __all__ = [
     "cycles",
     "exp",
     "exp2",
+    "get_thread_id",
     "jit",
     "largest_of",
     "like",
@@ -49,6 +51,7 @@ __all__ = [
     "use_torch_threads",
     "value_of",
     "widen",
+    "widen_half",
 ]
 
 # Imported after torch, numba's threads are torch's own: both call the OpenMP that came first. Without a libgomp of the
@@ -78,7 +81,7 @@ ROUNDING = frozenset({"reassoc", "contract", "arcp", "nsz"})  # of LLVM's fast-m
 # ------------------------------------------------------------------ tensors in
 # They tell a kernel what its addresses point to.
 BFLOAT16, FLOAT32, INT64 = np.empty(0, np.uint16), np.empty(0, np.float32), np.empty(0, np.int64)
-WORD = np.empty(0, np.uint32)  # two bfloat16
+BYTE, WORD = np.empty(0, np.uint8), np.empty(0, np.uint32)  # two codes; two bfloat16
 
 
 def supports(tensor: torch.Tensor) -> bool:  # [...]
@@ -243,6 +246,14 @@ def widen(context: Any, value: Any) -> Any:
         return builder.bitcast(builder.shl(builder.zext(args[0], word), word(16)), ir.FloatType())
 
     return types.float32(types.uint16), shift
+
+
+@intrinsic
+def widen_half(context: Any, bits: Any) -> Any:
+    """The bits of an fp16 as float32."""
+    return types.float32(types.uint16), lambda ctx, builder, sig, args: builder.fpext(
+        builder.bitcast(args[0], ir.HalfType()), ir.FloatType()
+    )
 
 
 def narrow(value: Any, array: Any) -> Any:

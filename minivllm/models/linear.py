@@ -6,7 +6,8 @@ to multiply with it (`FORMATS`). The plain copy is dropped as soon as the stored
     plain    the tensor itself, torch.nn.functional.linear
     packed   oneDNN's tiled layout: one repack at load, every product after that is faster
     int8     a byte per weight, where the user asks for quantised weights: models/quantised.py
-    int4     groups of 4-bit codes, as a GGUF file has them or rounded at load, and a form for more rows
+    int4     groups of 4-bit codes, as a GGUF file has them or rounded at load, and a form for more rows; with AMX in
+             strips, which serve any number of rows
 
 Packed against plain, float32 on an AVX2 CPU, one thread, microseconds (minimum of 40, weights not in cache):
 
@@ -43,7 +44,7 @@ from minivllm.models import onednn, quantised
 from minivllm.models.grouped import GroupedWeight, join
 from minivllm.models.onednn import as_strips, find_tiles, read_rows
 from minivllm.models.parallel import TensorParallel
-from minivllm.models.quantised import Int4Weight, Int8Weight
+from minivllm.models.quantised import IN_STRIPS, Int4Strips, Int4Weight, Int8Weight
 from minivllm.models.weights import WeightSlot
 from minivllm.models.widening import WIDEN_FROM_ROWS, Widening, WideWeight
 
@@ -81,6 +82,7 @@ FORMATS: Mapping[str, WeightFormat] = {
     "packed": WeightFormat(store=onednn.pack, product=onednn.product),
     "int8": WeightFormat(store=Int8Weight, product=lambda rows, stored, bias: stored.product(rows, bias)),
     "int4": WeightFormat(store=Int4Weight, product=lambda rows, stored, bias: stored.product(rows, bias)),
+    IN_STRIPS: WeightFormat(store=Int4Strips, product=lambda rows, stored, bias: stored.product(rows, bias)),
     "int4+bf16": WeightFormat(
         store=partial(Int4Weight, keep_bfloat16=True), product=lambda rows, stored, bias: stored.product(rows, bias)
     ),

@@ -3,6 +3,7 @@
     int8         a code per weight, one scale per output channel: oneDNN's 8-bit product         1   byte per weight
     int4         a code, and scale and middle per group of 32: torch's int4pack; int8 beside it  1.6
     int4+bf16    the same, with the bfloat16 weight beside it                                    2.6
+    with AMX     both of int4 in strips, and nothing beside them: our own product                0.63
 
 Microseconds on one thread of an Intel Xeon with AMX, busy with others (CPU time, best of 4 rounds, `python
 benchmarks/weight_formats.py`; int4's rows above 4 are its int8 form). A layer of SmolLM2-135M and its head:
@@ -43,11 +44,15 @@ from collections.abc import Set
 import torch
 from torch import nn
 
+from minivllm.kernels.amx import HAS_AMX
+from minivllm.kernels.packed_matmul import pack_codes, packed_matmul
 from minivllm.models import onednn
 from minivllm.models.grouped import GROUP_SIZE, GroupedWeight, round_to_int4
 
 FEW_ROWS = 4  # int4 up to here, its other form above
 WIDE_ROWS = 192  # int8 below, its codes in bfloat16 (or float32) from here on
+IN_STRIPS = "int4 in strips"
+STRIP = 32  # rows of the weight
 KEEP_BFLOAT16 = "+bf16"  # the ending of a quantization whose int4 weights have a bfloat16 form beside them
 LARGEST_CODE = 127
 DIGIT = 256  # a row's value is scale * (DIGIT * high + low), both digits in -128 .. 127
@@ -61,7 +66,8 @@ def choose_kind(
     *,
     batch_invariant: bool = False,
 ) -> tuple[str | None, str]:
-    """("int8", "int4" or "int4+bf16", "") for a weight of this shape, or (None, why it stays in the model's dtype).
+    """("int8", "int4", "int4+bf16" or IN_STRIPS, "") for a weight of this shape, or (None, why it stays in the model's
+    dtype).
 
     bits: in which the parts of a fused weight are stored, None where that is no group of 4 or 8 bits.
     batch_invariant: one product must serve every number of rows, and that is int8's.
@@ -77,6 +83,8 @@ def choose_kind(
     if name == "int8" and ending:
         return None, ""  # beside bfloat16, which is faster for many rows, 8 bits gain little
     kind = "int8" if batch_invariant else name + ending
+    if name == "int4" and not batch_invariant and has_strips(shape, dtype):
+        return IN_STRIPS, ""
     reason = why_not(kind, shape, dtype)
     return (None, reason) if reason else (kind, "")
 
@@ -96,9 +104,16 @@ def why_not(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> str:
     return ""
 
 
+def has_strips(shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether packed_matmul multiplies 4 bits of this shape here. dtype: of the rows."""
+    return HAS_AMX and dtype == torch.bfloat16 and shape[0] % STRIP == 0 and shape[1] % GROUP_SIZE == 0
+
+
 def planned_bytes(kind: str, shape: tuple[int, int]) -> int:
     """What a weight takes: codes, and per output channel an fp32 scale and oneDNN's sum of the row."""
     num_weights = shape[0] * shape[1]
+    if kind == IN_STRIPS:
+        return num_weights // 2 + 4 * num_weights // GROUP_SIZE
     int8_bytes = num_weights + 8 * shape[0]
     if kind == "int8":
         return int8_bytes
@@ -219,3 +234,30 @@ class Int4Weight(nn.Module):
             return onednn.product(rows, self.bfloat16_form, bias)
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, GROUP_SIZE, self.levels)
         return out if bias is None else out.add_(bias)
+
+
+class Int4Strips(nn.Module):
+    """weight[o, i] = code[o, i] * scale[o, g] + minimum[o, g], g = i // GROUP_SIZE, in the order of packed_matmul.
+
+    Scales and minimums are fp16, as GGUF has them: a weight from a file is what the file says, rounded once to bfloat16
+    for many rows and not at all for few. A plain weight is rounded to its group's 16 levels.
+    """
+
+    codes: torch.Tensor  # [out_features / 32, in_features / 2, 32] uint8
+    levels: torch.Tensor  # [out_features / 32, in_features / 32, 2, 32] fp16
+
+    def __init__(self, weight: torch.Tensor | GroupedWeight):  # [out_features, in_features]
+        super().__init__()
+        grouped = weight if isinstance(weight, GroupedWeight) else round_to_int4(weight)
+        if grouped.minimums is None:
+            raise ValueError("weight: expected codes of 4 bits, got 8")
+        codes, levels = pack_codes(grouped.integers().to(torch.uint8), grouped.scales.float(), grouped.minimums.float())
+        self.register_buffer("codes", codes)
+        self.register_buffer("levels", levels)
+
+    def product(
+        self,
+        rows: torch.Tensor,  # [num_rows, in_features] bfloat16
+        bias: torch.Tensor | None,  # [out_features]
+    ) -> torch.Tensor:  # [num_rows, out_features]
+        return packed_matmul(rows, self.codes, len(self.codes) * STRIP, levels=self.levels, bias=bias)

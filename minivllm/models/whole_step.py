@@ -4,8 +4,8 @@ The modules stay what the model is: they load the weights, compute prompts, serv
 The call is for steps of few rows, where starting an operation takes as long as the operation. Its numbers are theirs.
 
 Only for what it knows: decoders of llama.py's shape whose layers are all alike, in bfloat16, on a CPU with AMX. There
-is none for any other, nor with batch invariance, quantised weights or caches. Several ranks have one where they share
-memory, and where all of them can.
+is none for any other, nor with batch invariance, weights in 8 bits or quantised caches. Several ranks have one where they
+share memory, and where all of them can.
 
 Called by worker/cpu.py. Twin in vLLM: none; on a GPU its CUDA graphs.
 """
@@ -23,6 +23,7 @@ from minivllm.models.layers import Attention, GatedMLP, KVCache, RMSNorm
 from minivllm.models.linear import FORMATS, Linear
 from minivllm.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from minivllm.models.parallel import TensorParallel
+from minivllm.models.quantised import IN_STRIPS
 
 WIDTH = 32  # every width is a multiple
 
@@ -47,7 +48,8 @@ def _own_weights(model: torch.nn.Module, kv_caches: Sequence[KVCache]) -> Decode
     if shape is None or shapes or list(model.ropes) != ["default"] or not _is_usual(model, kv_caches):
         return None
     packed = [linear for layer in layers for linear in _linears(layer)]
-    if not all(onednn.is_in_strips(size) for size in {(linear.out_features, linear.in_features) for linear in packed}):
+    sizes = {(linear.out_features, linear.in_features) for linear in packed if linear._format is FORMATS["packed"]}
+    if not all(onednn.is_in_strips(size) for size in sizes):
         return None
     table = tuple(_layer(layer, cache) for layer, cache in zip(layers, kv_caches, strict=True))
     parallel = model.model.norm.options.parallel
@@ -93,17 +95,19 @@ def _is_usual(model: LlamaForCausalLM, kv_caches: Sequence[KVCache]) -> bool:
         and not options.batch_invariant
         and all(is_fast_for(cache) for caches in kv_caches for cache in caches)
         and type(model.model.norm) is RMSNorm
-        and all(
-            linear._format is FORMATS["packed"] and linear.in_features % WIDTH == 0 and linear.out_features % WIDTH == 0
-            for layer in model.model.layers
-            for linear in _linears(layer)
-        )
+        and all(_is_in_strips(linear) for layer in model.model.layers for linear in _linears(layer))
     )
 
 
 def _can_meet(parallel: TensorParallel, hidden_size: int) -> bool:
     meeting = parallel.collectives.meeting
     return meeting is not None and meeting.fits(hidden_size)
+
+
+def _is_in_strips(linear: Linear) -> bool:
+    """Or oneDNN's packed weight, that may be."""
+    fits = linear.in_features % WIDTH == 0 and linear.out_features % WIDTH == 0
+    return fits and linear._format in (FORMATS["packed"], FORMATS[IN_STRIPS])
 
 
 def _layer(layer: Any, kv_cache: KVCache) -> DecoderLayer:
@@ -116,6 +120,15 @@ def _layer(layer: Any, kv_cache: KVCache) -> DecoderLayer:
         k_norm=None if attention.k_norm is None else attention.k_norm.weight,
         k_cache=kv_cache[0],
         v_cache=kv_cache[1],
-        **{name: onednn.strips(linear.weight) for name, linear in linears.items()},
+        **{name: _strips(linear) for name, linear in linears.items()},
+        **{f"{name}_levels": linear.weight.levels for name, linear in linears.items() if _is_int4(linear)},
         **{f"{name}_bias": linear.bias for name, linear in linears.items()},
     )
+
+
+def _is_int4(linear: Linear) -> bool:
+    return linear._format is FORMATS[IN_STRIPS]
+
+
+def _strips(linear: Linear) -> torch.Tensor:  # [out_features / 32, in_features / 2, 32, 2], or without the 2
+    return linear.weight.codes if _is_int4(linear) else onednn.strips(linear.weight)

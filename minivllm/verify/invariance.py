@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from minivllm.errors import MiniVLLMError
-from minivllm.models.quantised import Int4Weight, Int8Weight
+from minivllm.models.quantised import Int4Strips, Int4Weight, Int8Weight
 from minivllm.outputs import RequestOutput
 from minivllm.verify.behaviour import LOGPROB_TOLERANCE, TIE_GAP, verdict
 from minivllm.verify.engines import Engines, generate
@@ -159,4 +159,4 @@ def check_arithmetics(engines: Engines, reference: Reference, vocab_size: int) -
 
 
 def _is_quantised(engine: Any) -> bool:
-    return any(isinstance(module, Int8Weight | Int4Weight) for module in engine._executor.model.modules())
+    return any(isinstance(module, Int8Weight | Int4Weight | Int4Strips) for module in engine._executor.model.modules())

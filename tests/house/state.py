@@ -26,7 +26,8 @@ IMMUTABLE_CALLS = frozenset(
 EXCEPTIONS = frozenset(
     {
         ("minivllm.cli", "app"),  # typer's table of commands, filled by decorators while the module is imported
-        *[("minivllm.kernels.jit", name) for name in ("BFLOAT16", "FLOAT32", "INT64", "WORD")],  # arrays of no values
+        # arrays of no values
+        *[("minivllm.kernels.jit", name) for name in ("BFLOAT16", "FLOAT32", "INT64", "BYTE", "WORD")],
         ("minivllm.kernels.amx", "TILE_SHAPE"),  # an array that cannot be written to
         ("minivllm.engine.llm_engine", "logger"),  # the logging module's own registry
     }

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from minivllm.kernels.decoder_step import DecoderLayer, DecoderShape, DecoderWeights, decoder_step
-from minivllm.kernels.packed_matmul.reference import pack
+from minivllm.kernels.packed_matmul.reference import pack, pack_codes, unpack
 from minivllm.kernels.paged_attention import AttentionMetadata
+from minivllm.kernels.quant_matmul import quantise_int4, unpack_int4
 from tests.kernels.helpers import Batch, Request, Shape, as_bits, assert_kernel_is_right, make_batch, random_values
 
 BF16 = torch.bfloat16
@@ -57,12 +58,28 @@ def make_weights(
     return DecoderWeights(tuple(layers), vector(99, shape.hidden_size), shape)
 
 
+def in_codes(weights: DecoderWeights, *names: str) -> DecoderWeights:
+    """The same, some matrices rounded to 4 bits."""
+
+    def convert(layer: DecoderLayer) -> DecoderLayer:
+        changes: dict[str, torch.Tensor] = {}
+        for name in names:
+            strips = getattr(layer, name)
+            codes, scales, minimums = quantise_int4(unpack(strips, 32 * len(strips)).float(), 32)
+            changes[name], changes[f"{name}_levels"] = pack_codes(unpack_int4(codes, 32), scales, minimums)
+        return dataclasses.replace(layer, **changes)
+
+    return DecoderWeights(tuple(map(convert, weights.layers)), weights.last_norm, weights.shape)
+
+
 def copied(weights: DecoderWeights, dtype: torch.dtype = BF16) -> DecoderWeights:
     """The same weights and caches in other memory."""
 
     def convert(layer: DecoderLayer) -> DecoderLayer:
         fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-        return DecoderLayer(**{name: None if x is None else x.to(dtype, copy=True) for name, x in fields.items()})
+        return DecoderLayer(
+            **{name: x if x is None or x.dtype == torch.uint8 else x.to(dtype, copy=True) for name, x in fields.items()}
+        )
 
     return DecoderWeights(tuple(map(convert, weights.layers)), weights.last_norm.to(dtype), weights.shape)
 
@@ -116,6 +133,17 @@ def test_a_step_is_right(options: dict[str, Any], head_size: int, block_size: in
 def test_any_number_of_rows_is_right(num_requests: int):
     batch = batch_of([Request(20 + 3 * i, seed=i) for i in range(num_requests)])
     weights = make_weights(batch)
+    plain, exact = copied(weights), copied(weights, torch.float64)
+    kernel = run(weights, batch, "cpu")
+    assert_kernel_is_right(kernel, run(plain, batch, "reference"), run(exact, batch, "reference", torch.float64))
+
+
+@pytest.mark.parametrize("names", [("qkv", "o", "gate_up", "down"), ("o", "gate_up")], ids=str)
+@pytest.mark.parametrize("num_requests", [1, 40])
+def test_a_step_over_weights_in_4_bits_is_right(names: tuple[str, ...], num_requests: int):
+    """Few rows and many, all matrices or some."""
+    batch = batch_of([Request(20 + 3 * i, seed=i) for i in range(num_requests)])
+    weights = in_codes(make_weights(batch, biases=True), *names)
     plain, exact = copied(weights), copied(weights, torch.float64)
     kernel = run(weights, batch, "cpu")
     assert_kernel_is_right(kernel, run(plain, batch, "reference"), run(exact, batch, "reference", torch.float64))

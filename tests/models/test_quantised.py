@@ -17,10 +17,20 @@ from minivllm import LLM, SamplingParams
 from minivllm.engine.planning import plan_engine
 from minivllm.errors import ConfigError
 from minivllm.hub import resolve_model
+from minivllm.kernels.amx import HAS_AMX
 from minivllm.models import loader, onednn, quantised
 from minivllm.models.grouped import GROUP_SIZE, GroupedWeight, from_gguf_blocks, round_to_int4
 from minivllm.models.linear import FORMATS, Linear, ModelOptions, TiedEmbedding, weight_bytes
-from minivllm.models.quantised import FEW_ROWS, WIDE_ROWS, Int4Weight, Int8Weight, choose_kind, planned_bytes
+from minivllm.models.quantised import (
+    FEW_ROWS,
+    IN_STRIPS,
+    WIDE_ROWS,
+    Int4Strips,
+    Int4Weight,
+    Int8Weight,
+    choose_kind,
+    planned_bytes,
+)
 from tests.models.paged import PagedRun
 from tests.models.test_linear import loaded, random
 from tests.tolerances import BF16_STEP, INT4_LEVEL, INT8_ROW_STEP, KERNEL_ERROR_FACTOR, OUTLIER_RMS, SAME_NETWORK_RMS
@@ -101,7 +111,17 @@ def test_int4_multiplies_its_codes_for_few_rows_and_its_other_form_for_more(shap
         )
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int4+bf16"])
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (32, 32), (64, 96)], ids=str)
+def test_int4_in_strips_multiplies_what_the_file_says(shape: tuple[int, int]):
+    grouped = round_to_int4(random(*shape))
+    grouped = GroupedWeight(grouped.codes, grouped.scales.half(), grouped.minimums.half())  # as a file has them
+    weight, values = Int4Strips(grouped), grouped.dequantise(torch.float64)
+    for num_rows in ROW_COUNTS[1:]:
+        rows = random(num_rows, shape[1], seed=num_rows).to(BF16)
+        assert_product(weight.product(rows, None), rows, values)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4+bf16", IN_STRIPS])
 @pytest.mark.parametrize("num_rows", [1, 40, WIDE_ROWS])
 def test_a_bias_is_added_and_rows_of_zeros_or_nan_stay_what_they_are(name: str, num_rows: int):
     stored, bias = FORMATS[name].store(random(64, 96)), random(64, seed=1).to(BF16)
@@ -132,10 +152,15 @@ def test_a_row_with_one_large_value_keeps_its_small_ones():
 
 
 # ------------------------------------------------------------------ what is stored in what
-def test_the_kind_follows_the_wish_and_what_the_file_has():
+def test_the_kind_follows_the_wish_and_what_the_file_has(monkeypatch: pytest.MonkeyPatch):
     def kind(quantization: str, bits: int | None = None, **options: Any) -> str | None:
         return choose_kind(quantization, {bits}, (64, 64), BF16, **options)[0]
 
+    monkeypatch.setattr(quantised, "HAS_AMX", True)
+    assert [kind("int8"), kind("int4"), kind("int4+bf16")] == ["int8", IN_STRIPS, IN_STRIPS]
+    assert [kind("gguf", bits) for bits in (4, 8, None)] == [IN_STRIPS, "int8", None]
+    assert kind("int4", batch_invariant=True) == "int8"
+    monkeypatch.setattr(quantised, "HAS_AMX", False)
     assert [kind("int8"), kind("int4"), kind("int4+bf16")] == ["int8", "int4", "int4+bf16"]
     assert [kind("gguf", bits) for bits in (4, 8, None)] == ["int4", "int8", None]
     assert [kind("gguf+bf16", bits) for bits in (4, 8, None)] == ["int4+bf16", None, None]
@@ -165,6 +190,7 @@ def test_what_4_bits_cannot_multiply_stays_as_it_was(name: str, shape: Any, dtyp
 
 def test_without_8_bit_instructions_nothing_is_stored_in_8_bits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(quantised, "HAS_AMX", False)
     assert choose_kind("int8", {None}, (64, 64), BF16) == (None, "this CPU has no 8-bit products (VNNI)")
     assert choose_kind("int4", {None}, (64, 64), BF16)[0] is None
     assert choose_kind("int4+bf16", {None}, (64, 64), BF16)[0] == "int4+bf16"
@@ -206,7 +232,8 @@ def test_shards_of_different_bits_stay_whole():
 def test_only_the_stored_forms_are_in_memory(name: str):
     weight = random(640, 1024).to(BF16)
     layer = loaded(Linear(1024, 640, ModelOptions(BF16, quantization=name)), weight)
-    assert weight_bytes(layer) == planned_bytes(name, (640, 1024))
+    assert isinstance(layer.weight, Int4Strips) == (HAS_AMX and name != "int8")
+    assert weight_bytes(layer) == planned_bytes(choose_kind(name, {None}, (640, 1024), BF16)[0], (640, 1024))
     large = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.numel() >= weight.numel() // 2]
     allowed = {id(weight), *(id(buffer) for buffer in layer.buffers())}
     tiles = [module.tiles.data_ptr() for module in layer.modules() if isinstance(module, Int8Weight)]
@@ -307,7 +334,7 @@ def test_the_plan_is_what_a_loaded_engine_reserves(name: str, tmp_path: Path):
     planned = plan_engine(path, dtype="bfloat16", quantization=name).cache.weight_bytes
     loaded_bytes = engine(path, quantization=name).llm_engine.plan.weight_bytes
     assert planned <= loaded_bytes <= 1.5 * planned  # the tiny widths are padded to tiles of 64
-    assert (planned < plan_engine(path, dtype="bfloat16").cache.weight_bytes) == ("+" not in name)
+    assert (planned < plan_engine(path, dtype="bfloat16").cache.weight_bytes) == (HAS_AMX or "+" not in name)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4+bf16"])

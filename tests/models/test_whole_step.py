@@ -56,17 +56,18 @@ class WholeStep:
         return self.path.forward(Batch())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("quantization", [None, "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_computes_what_the_modules_compute(family: str):
-    """Prompts by the modules, then tokens of two requests, one of them several at a time."""
-    model, _ = build(family)
+def test_it_computes_what_the_modules_compute(family: str, quantization: str | None):
+    """Prompts by the modules, then tokens of two requests, some of them several at a time, and a prompt."""
+    model, _ = build(family, quantization=quantization)
     ways = [PagedRun(model, block_size=16, num_blocks=32) for _ in range(2)]
     prompts = {"a": list(range(3, 60)), "b": list(range(40, 63))}
     for way in ways:
         way.step(prompts)
     ways[1].model = whole = WholeStep(model, ways[1].kv_caches)
     assert (whole.path.decoder_weights is not None) == HAS_AMX
-    for step in ({"a": [7], "b": [8, 9, 10]}, {"b": [11]}, {"a": [12], "b": [13]}):
+    for step in ({"a": [7], "b": [8, 9, 10]}, {"b": [11]}, {"a": [12], "b": [13]}, {"a": list(range(90)), "b": [4]}):
         modules, ours = (way.step(step) for way in ways)
         for name in step:
             difference = (modules[name].float() - ours[name].float()).abs().max()

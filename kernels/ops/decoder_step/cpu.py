@@ -17,7 +17,7 @@ import torch
 from minivllm.kernels.decoder_step.meeting import ALONE, SLOT_ROWS, add_up, meet
 from minivllm.kernels.decoder_step.weights import ATTENTION, NORMS, PRODUCTS, ROTATION, SUMS, DecoderWeights
 from minivllm.kernels.jit import FLOAT32, INT64, array_at, cycles, jit, like, narrow, prange, use_torch_threads, widen
-from minivllm.kernels.packed_matmul.cpu import BYTES, multiply, multiply_and_gate, padded
+from minivllm.kernels.packed_matmul.cpu import BYTES, multiply, multiply_and_gate, padded, widened
 from minivllm.kernels.paged_attention.cpu_plan import PROMPT_ROWS, LayerShape, StepPlan, plan_layer
 from minivllm.kernels.paged_attention.cpu_prompts_amx import attend as attend_prompts
 from minivllm.kernels.paged_attention.cpu_prompts_amx import lay_out
@@ -78,20 +78,22 @@ def decoder_step(
 
 
 def _workspace(num_rows: int, weights: DecoderWeights) -> tuple[torch.Tensor, ...]:
-    """What a layer leaves behind for the next operation: hidden, normed, qkv, query, attended, gated.
+    """What a layer leaves behind for the next operation: hidden, normed, qkv, query, attended, gated; and the threads'
+    scratch.
 
     The left-hand sides of products and of attention have whole tiles of rows, zeros where there is none.
     """
     shape, whole = weights.shape, padded(num_rows) + PROMPT_ROWS
     query_size = shape.num_heads * shape.head_size
     widths = (shape.hidden_size, shape.hidden_size, shape.qkv_size, query_size, query_size, shape.intermediate_size)
-    return tuple(torch.zeros(whole, width, dtype=torch.bfloat16) for width in widths)
+    rows = tuple(torch.zeros(whole, width, dtype=torch.bfloat16) for width in widths)
+    return (*rows, widened(max(shape.hidden_size, query_size, shape.intermediate_size)))
 
 
 @jit
 def run_layers(
     ends: tuple[int, ...],  # addresses of: embedding, result, last norm, cos, sin
-    layers: Any,  # [num_layers, 11], the fields of DecoderLayer
+    layers: Any,  # [num_layers, 18], the fields of DecoderLayer
     sizes: tuple[int, ...],  # hidden_size, num_heads, qkv_size, intermediate_size
     cache_sizes: tuple[int, ...],  # num_rows, num_kv_heads, num_blocks, block_size, group, head_size
     eps: float,
@@ -114,15 +116,17 @@ def run_layers(
     residual, out, last_norm, cos, sin = ends
     num_rows, num_kv_heads, _, _, _, head_size = cache_sizes
     hidden_size, num_heads, qkv_size, intermediate_size = sizes
-    hidden, normed, qkv, query, attended, gated = workspace
+    hidden, normed, qkv, query, attended, gated, scratch = workspace
 
     for number in range(len(layers)):
         input_norm, post_norm, q_norm, k_norm, k_cache, v_cache = layers[number, :6]
-        w_qkv, w_o, w_gate_up, w_down, qkv_bias, o_bias, gate_up_bias, down_bias = layers[number, 6:]
+        values, biases, levels = layers[number, 6:10], layers[number, 10:14], layers[number, 14:]
+        w_qkv, w_o, w_gate_up, w_down = [(values[i], levels[i]) for i in range(4)]
+        qkv_bias, o_bias, gate_up_bias, down_bias = biases
         now = cycles()
         add_and_norm(hidden, residual, input_norm, normed, num_rows, hidden_size, eps, like)
         now = spend(spent, NORMS, now)
-        multiply(normed, w_qkv, qkv_bias, qkv, (num_rows, hidden_size, qkv_size), like)
+        multiply(normed, w_qkv, qkv_bias, qkv, (num_rows, hidden_size, qkv_size), scratch, like)
         now = spend(spent, PRODUCTS, now)
         norms, caches = (q_norm, k_norm), (k_cache, v_cache)
         rotate_and_keep(qkv, query, (cos, sin), slot_mapping, norms, eps, caches, cache_sizes, num_heads, like)
@@ -136,15 +140,17 @@ def run_layers(
             lay_out(caches, *about, contexts[0], prompts[1], laid_out)
             attend_prompts(query, attended, *about, prompts[2], laid_out, scoring[0][0], scoring[2])
         now = spend(spent, ATTENTION, now)
-        o_sizes, down_sizes = (num_rows, num_heads * head_size, hidden_size), (num_rows, intermediate_size, hidden_size)
-        if not multiply_and_sum(attended, w_o, o_bias, hidden, o_sizes, meeting, spent, like):
+        sizes_of_o = (num_rows, num_heads * head_size, hidden_size)
+        if not multiply_and_sum(attended, w_o, o_bias, hidden, sizes_of_o, scratch, meeting, spent, like):
             return False
         now = cycles()
         add_and_norm(hidden, residual, post_norm, normed, num_rows, hidden_size, eps, like)
         now = spend(spent, NORMS, now)
-        multiply_and_gate(normed, w_gate_up, gate_up_bias, gated, (num_rows, hidden_size, intermediate_size), like)
+        sizes_of_gate = (num_rows, hidden_size, intermediate_size)
+        multiply_and_gate(normed, w_gate_up, gate_up_bias, gated, sizes_of_gate, scratch, like)
         spend(spent, PRODUCTS, now)
-        if not multiply_and_sum(gated, w_down, down_bias, hidden, down_sizes, meeting, spent, like):
+        sizes_of_down = (num_rows, intermediate_size, hidden_size)
+        if not multiply_and_sum(gated, w_down, down_bias, hidden, sizes_of_down, scratch, meeting, spent, like):
             return False
     add_and_norm(hidden, residual, last_norm, out, num_rows, hidden_size, eps, like)
     return True
@@ -153,10 +159,11 @@ def run_layers(
 @jit
 def multiply_and_sum(
     rows: int,  # as `multiply` takes them
-    weight: int,
+    weight: tuple[int, int],
     bias: int,
     out: int,  # [num_rows, out_features] written
     sizes: tuple[int, ...],  # num_rows, in_features of this rank, out_features
+    scratch: int,
     meeting: tuple[int, ...],
     spent: Any,
     like: Any,
@@ -166,7 +173,7 @@ def multiply_and_sum(
     rank, size, slots, slot_bytes, _, count_at, _, _ = meeting
     now = cycles()
     if size == 1:
-        multiply(rows, weight, bias, out, sizes, like)
+        multiply(rows, weight, bias, out, sizes, scratch, like)
         spend(spent, PRODUCTS, now)
         return True
     count, row_bytes = array_at(count_at, (1,), INT64), out_features * BYTES
@@ -176,7 +183,7 @@ def multiply_and_sum(
         count[0] += 1
         parts = slots + (count[0] & 1) * size * slot_bytes
         source, own = rows + first * in_features * BYTES, parts + rank * slot_bytes
-        multiply(source, weight, bias, own, (some, in_features, out_features), like)
+        multiply(source, weight, bias, own, (some, in_features, out_features), scratch, like)
         now = spend(spent, PRODUCTS, now)
         if not meet(meeting, count[0]):
             return False

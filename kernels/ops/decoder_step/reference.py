@@ -30,7 +30,7 @@ def decoder_step(
     residual = None
     for layer in weights.layers:
         normed, residual = rms_norm(hidden_states, layer.input_norm, shape.eps, residual, False)
-        qkv = packed_matmul(normed, layer.qkv, layer.qkv_bias, qkv_size)  # [num_tokens, qkv_size]
+        qkv = packed_matmul(normed, layer.qkv, layer.qkv_bias, qkv_size, layer.qkv_levels)  # [num_tokens, qkv_size]
         query, key, value = qkv.view(len(qkv), -1, shape.head_size).split(widths, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             query, _ = rms_norm(query, layer.q_norm, shape.eps, None, False)
@@ -47,9 +47,12 @@ def decoder_step(
             soft_cap=None,
             alibi_slopes=None,
         )
-        hidden_states = all_reduce(packed_matmul(attended.flatten(1), layer.o, layer.o_bias, shape.hidden_size))
-        normed, residual = rms_norm(hidden_states, layer.post_norm, shape.eps, residual, False)
-        gate_up = packed_matmul(normed, layer.gate_up, layer.gate_up_bias, 2 * shape.intermediate_size)
+        own = packed_matmul(attended.flatten(1), layer.o, layer.o_bias, shape.hidden_size, layer.o_levels)
+        normed, residual = rms_norm(all_reduce(own), layer.post_norm, shape.eps, residual, False)
+        gate_up = packed_matmul(
+            normed, layer.gate_up, layer.gate_up_bias, 2 * shape.intermediate_size, layer.gate_up_levels
+        )
         gated = silu_and_mul(gate_up, "silu")
-        hidden_states = all_reduce(packed_matmul(gated, layer.down, layer.down_bias, shape.hidden_size))
+        own = packed_matmul(gated, layer.down, layer.down_bias, shape.hidden_size, layer.down_levels)
+        hidden_states = all_reduce(own)
     return rms_norm(hidden_states, weights.last_norm, shape.eps, residual, False)[0]

@@ -38,7 +38,7 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """bfloat16; matrices as strips (packed_matmul), and the layer's caches."""
+    """bfloat16 or codes; matrices as strips (packed_matmul), and the layer's caches."""
 
     input_norm: torch.Tensor  # [hidden_size]
     post_norm: torch.Tensor  # [hidden_size]
@@ -54,6 +54,11 @@ class DecoderLayer:
     o_bias: torch.Tensor | None = None  # [hidden_size]
     gate_up_bias: torch.Tensor | None = None  # [2 * intermediate_size]
     down_bias: torch.Tensor | None = None  # [hidden_size]
+    # for matrices in 4 bits, whose strips then are codes
+    qkv_levels: torch.Tensor | None = None  # [qkv_size / 32, hidden_size / 32, 2, 32] fp16
+    o_levels: torch.Tensor | None = None  # [hidden_size / 32, num_heads * head_size / 32, 2, 32]
+    gate_up_levels: torch.Tensor | None = None  # [2 * intermediate_size / 32, hidden_size / 32, 2, 32]
+    down_levels: torch.Tensor | None = None  # [hidden_size / 32, intermediate_size / 32, 2, 32]
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,6 @@ class DecoderWeights:
 
     @cached_property
     def addresses(self) -> np.ndarray:
-        """[num_layers, 14] int64: where each tensor of a layer lies, in the order of its fields; 0 for None."""
+        """[num_layers, 18] int64: where each tensor of a layer lies, in the order of its fields; 0 for None."""
         rows = [[getattr(layer, name) for name in layer.__dataclass_fields__] for layer in self.layers]
         return np.array([[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows], np.int64)

@@ -32,7 +32,20 @@ from minivllm.kernels.amx import (
     tile_store,
     tile_zero,
 )
-from minivllm.kernels.jit import FLOAT32, array_at, exp, jit, like, narrow, prange, rounded, use_torch_threads, widen
+from minivllm.kernels.jit import (
+    FLOAT32,
+    array_at,
+    exp,
+    get_thread_id,
+    jit,
+    like,
+    narrow,
+    prange,
+    rounded,
+    use_torch_threads,
+    widen,
+)
+from minivllm.kernels.packed_matmul.codes import FEW_ROWS, dot_codes, sum_pieces, widen_strip
 
 STRIP = 32  # outputs
 TILE_ROWS = 16
@@ -52,20 +65,28 @@ def padded(num_rows: int) -> int:
 
 def packed_matmul(
     rows: torch.Tensor,  # [num_rows, in_features]
-    strips: torch.Tensor,  # [ceil(out_features / 32), in_features / 2, 32, 2]
+    strips: torch.Tensor,  # [ceil(out_features / 32), in_features / 2, 32, 2], or codes: [.., in_features / 2, 32]
     bias: torch.Tensor | None,  # [out_features]
     out_features: int,
+    levels: torch.Tensor | None,  # [ceil(out_features / 32), in_features / 32, 2, 32], of codes
 ) -> torch.Tensor:  # [num_rows, out_features]
     """See the package's docstring."""
     num_rows, in_features = rows.shape
     source = torch.zeros(padded(num_rows), in_features, dtype=rows.dtype)  # [padded rows, in_features]
     source[:num_rows] = rows
     out = torch.empty(num_rows, out_features, dtype=rows.dtype)
-    sizes = (num_rows, in_features, out_features)
-    addresses = (source.data_ptr(), strips.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+    weight = (strips.data_ptr(), 0 if levels is None else levels.data_ptr())
     use_torch_threads()
-    multiply(*addresses, sizes, like(rows))
+    scratch = widened(in_features) if levels is not None else source  # alive until the call returns
+    sizes = (num_rows, in_features, out_features)
+    bias_at = 0 if bias is None else bias.data_ptr()
+    multiply(source.data_ptr(), weight, bias_at, out.data_ptr(), sizes, scratch.data_ptr(), like(rows))
     return out
+
+
+def widened(in_features: int) -> torch.Tensor:  # [num_threads, 2, in_features * 32]
+    """Where each thread may widen two strips of codes."""
+    return torch.empty(torch.get_num_threads(), 2, in_features * STRIP, dtype=torch.bfloat16)
 
 
 @jit
@@ -103,6 +124,39 @@ def dot(rows: int, num_rows: int, num_columns: int, strip: int, ahead: int, sums
 
 
 @jit(inline="always")
+def place_of(weight: tuple[int, int], number: int, in_features: int, num_rows: int, scratch: int) -> Any:
+    """Where strip `number` lies: its values and 0, or its codes and levels. For many rows codes are widened first."""
+    values, levels = weight
+    if levels == 0:
+        return values + number * in_features * STRIP * BYTES, np.int64(0)
+    codes, levels = values + number * in_features * STRIP // 2, levels + number * in_features * 2 * BYTES
+    if num_rows <= FEW_ROWS:
+        return codes, levels
+    widen_strip(codes, levels, in_features, scratch)
+    return scratch, np.int64(0)
+
+
+@jit(inline="always")
+def sums_of_rows(rows: int, num_rows: int, in_features: int, weight: tuple[int, int]) -> Any:
+    """What dot_codes needs of the rows, or nothing: [num_rows, in_features / 32]."""
+    needed = num_rows if weight[1] != 0 and num_rows <= FEW_ROWS else 0
+    row_sums = np.empty((needed, in_features // CHUNK), np.float32)
+    sum_pieces(rows, needed, in_features, row_sums)
+    return row_sums
+
+
+@jit
+def times(
+    rows: int, num_rows: int, in_features: int, place: tuple[int, int], ahead: int, row_sums: Any, sums: int
+) -> None:
+    """sums = rows . the strip at `place`, as dot's."""
+    if place[1] == 0:
+        dot(rows, num_rows, in_features, place[0], ahead, sums)
+    else:
+        dot_codes(rows, num_rows, in_features, place[0], place[1], row_sums, sums)
+
+
+@jit(inline="always")
 def add_bias(sums: Any, num_rows: int, bias: Any) -> None:  # [32, 32], changed; [32], of the strip's outputs
     for row in range(num_rows):
         for i in range(len(bias)):
@@ -120,28 +174,30 @@ def keep(sums: int, num_rows: int, out: int, row_bytes: int) -> None:
 @jit(parallel=True)
 def multiply(
     rows: int,  # [padded(num_rows), in_features]
-    weight: int,  # strips
+    weight: tuple[int, int],  # strips and 0; or codes and levels
     bias: int,  # [out_features], or 0
     out: int,  # [num_rows, out_features] written
     sizes: tuple[int, ...],  # num_rows, in_features, out_features
+    scratch: int,  # `widened`, for weights in codes
     like: Any,
 ) -> None:
     """out = rows . weight + bias, rounded once."""
     num_rows, in_features, out_features = sizes
     outs, biases = array_at(out, (num_rows, out_features), like), array_at(bias, (out_features,), like)
-    row_bytes, strip_bytes = in_features * BYTES, in_features * STRIP * BYTES
-    num_strips = -(-out_features // STRIP)
+    row_bytes, num_strips = in_features * BYTES, -(-out_features // STRIP)
+    row_sums = sums_of_rows(rows, num_rows, in_features, weight)
     for part in prange(num_groups(num_rows, in_features) * num_strips):
         load_tiles_shape(TILE_SHAPE.ctypes.data)
         sums_at = on_stack(SUMS_BYTES)
         sums = array_at(sums_at, (ROWS_AT_ONCE, STRIP), FLOAT32)
         group, strip = part // num_strips, part % num_strips
         width = min(STRIP, out_features - strip * STRIP)
+        own = scratch + get_thread_id() * 2 * in_features * STRIP * BYTES
+        place = place_of(weight, strip, in_features, num_rows, own)
         start, end = rows_of_group(num_rows, in_features, group)
         for first in range(start, end, ROWS_AT_ONCE):
             count, ahead = min(ROWS_AT_ONCE, end - first), AHEAD if first == start else 0
-            source, strip_at = rows + first * row_bytes, weight + strip * strip_bytes
-            dot(source, count, in_features, strip_at, ahead, sums_at)
+            times(rows + first * row_bytes, count, in_features, place, ahead, row_sums, sums_at)
             if bias != 0:
                 add_bias(sums, count, biases[strip * STRIP : strip * STRIP + width])
             if width == STRIP:
@@ -156,31 +212,33 @@ def multiply(
 @jit(parallel=True)
 def multiply_and_gate(
     rows: int,  # [padded(num_rows), in_features]
-    weight: int,  # strips: the gate's, then as many others
+    weight: tuple[int, int],  # as multiply's: the gate's strips, then as many others
     bias: int,  # [2 * out_features], or 0
     out: int,  # [num_rows, out_features] written: silu(gate) * other
     sizes: tuple[int, ...],  # num_rows, in_features, out_features
+    scratch: int,
     like: Any,
 ) -> None:
     """silu_and_mul of the product, rounded where the two operations would round."""
     num_rows, in_features, out_features = sizes
     biases = array_at(bias, (2 * out_features,), like)
-    row_bytes, strip_bytes = in_features * BYTES, in_features * STRIP * BYTES
-    num_strips = out_features // STRIP
+    row_bytes, num_strips = in_features * BYTES, out_features // STRIP
+    row_sums = sums_of_rows(rows, num_rows, in_features, weight)
     for part in prange(num_groups(num_rows, in_features) * num_strips):
         load_tiles_shape(TILE_SHAPE.ctypes.data)
         gates_at, ups_at = on_stack(SUMS_BYTES), on_stack(SUMS_BYTES)
         gates = array_at(gates_at, (ROWS_AT_ONCE, STRIP), FLOAT32)
         ups = array_at(ups_at, (ROWS_AT_ONCE, STRIP), FLOAT32)
         group, strip = part // num_strips, part % num_strips
-        gate_at, column = weight + strip * strip_bytes, strip * STRIP
-        up_at = gate_at + num_strips * strip_bytes
+        column, own = strip * STRIP, scratch + get_thread_id() * 2 * in_features * STRIP * BYTES
+        gate = place_of(weight, strip, in_features, num_rows, own)
+        up = place_of(weight, num_strips + strip, in_features, num_rows, own + in_features * STRIP * BYTES)
         start, end = rows_of_group(num_rows, in_features, group)
         for first in range(start, end, ROWS_AT_ONCE):
             count, ahead = min(ROWS_AT_ONCE, end - first), AHEAD if first == start else 0
             source = rows + first * row_bytes
-            dot(source, count, in_features, gate_at, ahead, gates_at)
-            dot(source, count, in_features, up_at, ahead, ups_at)
+            times(source, count, in_features, gate, ahead, row_sums, gates_at)
+            times(source, count, in_features, up, ahead, row_sums, ups_at)
             if bias != 0:
                 add_bias(gates, count, biases[column : column + STRIP])
                 add_bias(ups, count, biases[out_features + column : out_features + column + STRIP])
