@@ -31,6 +31,7 @@ __all__ = [
     "INT64",
     "WORD",
     "array_at",
+    "call",
     "constant",
     "cycles",
     "exp",
@@ -39,9 +40,12 @@ __all__ = [
     "jit",
     "largest_of",
     "like",
+    "load_shared",
     "narrow",
+    "pause",
     "prange",
     "rounded",
+    "store_shared",
     "supports",
     "tanh",
     "use_torch_threads",
@@ -170,6 +174,54 @@ def cycles(context: Any) -> Any:
         return builder.call(function or ir.Function(builder.module, ir.FunctionType(ir.IntType(64), []), name), [])
 
     return types.int64(), generate
+
+
+# ------------------------------------------------------------------ other processes
+@intrinsic
+def load_shared(context: Any, address: Any) -> Any:
+    """The 64 bits at `address`, which another process may write; it is asked anew every time. What it had written
+    before them can be read from then on."""
+
+    def generate(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def store_shared(context: Any, address: Any, value: Any) -> Any:
+    """Write 64 bits that another process reads by load_shared, behind all that was written before."""
+
+    def generate(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "release", 8)
+        return ctx.get_dummy_value()
+
+    return types.void(types.intp, types.int64), generate
+
+
+@intrinsic
+def pause(context: Any) -> Any:
+    """In a loop that waits: some dozen cycles that leave the core to its other thread. Nothing but on x86."""
+
+    def generate(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        name = "llvm.x86.sse2.pause"
+        if binding.get_process_triple().startswith("x86_64"):
+            function = builder.module.globals.get(name)
+            builder.call(function or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), []), name), [])
+        return ctx.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def call(context: Any, function: Any, value: Any) -> Any:
+    """function(value): an address of C code that takes and gives 64 bits, such as a callback of ctypes."""
+
+    def generate(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), [ir.IntType(64)])
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+
+    return types.int64(types.intp, types.int64), generate
 
 
 # ------------------------------------------------------------------ values

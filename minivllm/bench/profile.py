@@ -88,6 +88,8 @@ class Stopwatch:
             elapsed = time.perf_counter() - started
             spent = cycles - before  # [num_parts]
             for part, share in zip(PARTS, spent / spent.sum(), strict=True):
+                if share == 0:
+                    continue
                 self.seconds[part] = self.seconds.get(part, 0.0) + elapsed * float(share)
                 self.calls[part] = self.calls.get(part, 0) + 1
             self.inside[-1] += elapsed

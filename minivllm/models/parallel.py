@@ -11,8 +11,8 @@ models/llama.py build it as they build any other. What it lacks of the others co
 behind the embedding, and the gathered logits: the row- and vocabulary-parallel classes of models/linear.py.
 
 Key/value heads are dealt out with their queries, as evenly as whole ones go. Where there are more ranks than key/value
-heads, several ranks have the same one, and share its queries; so every rank needs at least one query head. A rank that
-has less of the attention gets more of the MLP, until all have as much to do.
+heads, several ranks have the same one, and share its queries; so every rank needs at least one query head. The MLP is
+cut evenly, whoever has more of the attention: ranks meet behind each of the two, and wait for the slowest both times.
 
 Knows no file, no process and no network. Called by: engine/llm_engine.py (through worker/parallel_executor.py),
 models/loader.py, models/linear.py. Twin in vLLM: vllm/model_executor/layers/linear.py (its weight loaders) and
@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import torch
 
 from minivllm.errors import ConfigError
+from minivllm.kernels.decoder_step import Meeting
 
 # The last module in a tensor's Hugging Face name -> (dimension that is cut, which range of TensorParallel).
 CUTS: Mapping[str, tuple[int, str]] = MappingProxyType(
@@ -47,13 +48,15 @@ CUTS: Mapping[str, tuple[int, str]] = MappingProxyType(
     }
 )
 MLP_UNIT = 64  # columns; packed weights are stored in tiles of so many
-# Attention reads its cache as products read their weights, and a value costs about the same: in a step of 32 requests
-# of W32 (SmolLM2-135M, two threads) attention takes 13 ms and the products 26. Balanced is a cache of so many tokens.
-BALANCED_TOKENS = 4096
 
 
 class Collectives(Protocol):
     """What the ranks do together: every rank calls the same in the same order. worker/collectives.py has two."""
+
+    @property
+    def meeting(self) -> Meeting | None:
+        """For sums inside a compiled step; None: there are only calls."""
+        ...
 
     def all_reduce(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's part, on every rank. part: any shape, spent."""
@@ -86,7 +89,7 @@ class TensorParallel:
         head_size = _head_size(hf_config)
         heads, kv_heads = zip(*(_heads_of(hf_config, number, size) for number in range(size)), strict=True)
         ends = [number * hf_config.vocab_size // size for number in range(size + 1)]
-        mlp_ends = _mlp_ends(hf_config, heads, kv_heads)
+        mlp_ends = _mlp_ends(hf_config.intermediate_size, size)
         return cls(
             rank=rank,
             size=size,
@@ -167,21 +170,7 @@ def _heads_of(hf_config: Any, rank: int, size: int) -> tuple[range, range]:
     return range(*ends), range(first, first + 1)
 
 
-def _mlp_ends(hf_config: Any, heads: Sequence[range], kv_heads: Sequence[range]) -> list[int]:
-    """Where the MLP's parts end, so that every rank reads as many weights and cached values; the first one begins at 0.
-
-    Counted in units of hidden_size.
-    """
-    size, width = len(heads), hf_config.intermediate_size
-    cached = BALANCED_TOKENS / hf_config.hidden_size
-    attention = [
-        2 * _head_size(hf_config) * (len(own) + len(own_kv) + cached * len(own_kv))
-        for own, own_kv in zip(heads, kv_heads, strict=True)
-    ]
-    each = (sum(attention) + 3 * width) / size
+def _mlp_ends(width: int, size: int) -> list[int]:
+    """Where the MLP's parts end, all as wide as whole tiles allow; the first one begins at 0."""
     unit = MLP_UNIT if width >= 2 * size * MLP_UNIT else 1
-    ends = [0]
-    for rank in range(1, size):
-        end = unit * round((rank * each - sum(attention[:rank])) / 3 / unit)
-        ends.append(min(max(end, ends[-1] + 1), width - (size - rank)))
-    return [*ends, width]
+    return [*(unit * (rank * width // size // unit) for rank in range(size)), width]

@@ -4,7 +4,8 @@ The modules stay what the model is: they load the weights, compute prompts, serv
 The call is for steps of few rows, where starting an operation takes as long as the operation. Its numbers are theirs.
 
 Only for what it knows: decoders of llama.py's shape whose layers are all alike, in bfloat16, on a CPU with AMX. There
-is none for any other, nor with batch invariance, weights in 8 bits, quantised caches, or several ranks.
+is none for any other, nor with batch invariance, weights in 8 bits or quantised caches. Several ranks have one where they
+share memory, and where all of them can.
 
 Called by worker/cpu.py. Twin in vLLM: none; on a GPU its CUDA graphs.
 """
@@ -21,13 +22,24 @@ from minivllm.models import onednn
 from minivllm.models.layers import Attention, GatedMLP, KVCache, RMSNorm
 from minivllm.models.linear import FORMATS, Linear
 from minivllm.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from minivllm.models.parallel import TensorParallel
 from minivllm.models.quantised import IN_STRIPS
 
 WIDTH = 32  # every width is a multiple
 
 
 def decoder_weights(model: torch.nn.Module, kv_caches: Sequence[KVCache]) -> DecoderWeights | None:
-    """The table, or None where the modules must compute every step."""
+    """The table, or None where the modules must compute every step. Every rank of a model must call this."""
+    weights = _own_weights(model, kv_caches)
+    parallel = model.model.norm.options.parallel if isinstance(model, LlamaForCausalLM) else None
+    if parallel is None or parallel.collectives.meeting is None:
+        return weights
+    votes = torch.tensor([float(weights is not None)])  # [1]; a rank's widths are its own
+    return weights if parallel.collectives.all_reduce(votes) == parallel.size else None
+
+
+def _own_weights(model: torch.nn.Module, kv_caches: Sequence[KVCache]) -> DecoderWeights | None:
+    """Of this rank."""
     if not isinstance(model, LlamaForCausalLM) or not kv_caches:
         return None
     layers: list[Any] = list(model.model.layers)
@@ -40,7 +52,8 @@ def decoder_weights(model: torch.nn.Module, kv_caches: Sequence[KVCache]) -> Dec
     if not all(onednn.is_in_strips(size) for size in sizes):
         return None
     table = tuple(_layer(layer, cache) for layer, cache in zip(layers, kv_caches, strict=True))
-    return DecoderWeights(table, model.model.norm.weight, shape)
+    parallel = model.model.norm.options.parallel
+    return DecoderWeights(table, model.model.norm.weight, shape, parallel and parallel.collectives.meeting)
 
 
 def _linears(layer: Any) -> tuple[Linear, ...]:
@@ -78,12 +91,17 @@ def _is_usual(model: LlamaForCausalLM, kv_caches: Sequence[KVCache]) -> bool:
         options.dtype == torch.bfloat16
         and options.device.type == "cpu"
         and options.impl in ("auto", "cpu")
-        and options.parallel is None
+        and (options.parallel is None or _can_meet(options.parallel, model.model.norm.weight.numel()))
         and not options.batch_invariant
         and all(is_fast_for(cache) for caches in kv_caches for cache in caches)
         and type(model.model.norm) is RMSNorm
         and all(_is_in_strips(linear) for layer in model.model.layers for linear in _linears(layer))
     )
+
+
+def _can_meet(parallel: TensorParallel, hidden_size: int) -> bool:
+    meeting = parallel.collectives.meeting
+    return meeting is not None and meeting.fits(hidden_size)
 
 
 def _is_in_strips(linear: Linear) -> bool:

@@ -23,23 +23,28 @@ import mmap
 import os
 import select
 import socket
+import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
 from minivllm.errors import EngineDeadError
+from minivllm.kernels.decoder_step import COUNTER_BYTES, Meeting
 
 # Bytes of one rank's slot. Larger tensors go in pieces, which stay in a core's cache.
 SLOT_BYTES = 1 << 20
 SPINS = 2000  # looks for a signal, about a millisecond, before the thread sleeps: waking costs 20 to 40 us
+SPIN_CYCLES = 1 << 22  # the same inside a compiled step, one or two milliseconds
+NAP_SECONDS = 1e-4  # and then between two looks
 PATIENCE_SECONDS = 300.0  # no step takes so long: then a rank is stuck
 
 
 def shared_bytes(size: int) -> int:
     """Size of the memory that `size` ranks share."""
-    return 2 * size * SLOT_BYTES
+    return size * (2 * SLOT_BYTES + COUNTER_BYTES)
 
 
 class SharedMemoryCollectives:
@@ -55,12 +60,26 @@ class SharedMemoryCollectives:
     def __init__(self, rank: int, file: int, sockets: Mapping[int, socket.socket]):
         self.rank, self.size = rank, len(sockets) + 1
         memory = mmap.mmap(file, shared_bytes(self.size))
-        self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(2, self.size, SLOT_BYTES)
-        self._turn = 0
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)  # [shared_bytes]: all slots, then the counters
+        self._slots = self._memory[: 2 * self.size * SLOT_BYTES].view(2, self.size, SLOT_BYTES)
+        self._count = np.zeros(1, np.int64)  # exchanges so far; whether it is odd says which set of slots
         self._sockets = dict(sockets)
         for stream in sockets.values():
             stream.setblocking(False)
-        self._spins = SPINS if len(os.sched_getaffinity(0)) >= self.size else 0
+        has_core = len(os.sched_getaffinity(0)) >= self.size
+        self._spins = SPINS if has_core else 0
+        self._waiting_since = (-1, -1, 0.0)  # in a compiled step: exchange, rank, time
+        self.meeting = Meeting(
+            rank=self.rank,
+            size=self.size,
+            slots=self._slots.data_ptr(),
+            slot_bytes=SLOT_BYTES,
+            counters=self._slots.data_ptr() + self._slots.nbytes,
+            count=self._count,
+            spin_cycles=SPIN_CYCLES if has_core else 0,
+            wait=self._wait_on,
+            all_reduce=self.all_reduce,
+        )
 
     def all_reduce(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of all parts, in place. part: any shape. Raises EngineDeadError when a rank is gone."""
@@ -99,8 +118,8 @@ class SharedMemoryCollectives:
 
     def _exchange(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Write the own values [n], wait for the others; every rank's slot, valid until the next but one exchange."""
-        self._turn ^= 1
-        slots = [slot.view(values.dtype) for slot in self._slots[self._turn]]
+        self._count += 1
+        slots = [slot.view(values.dtype) for slot in self._slots[int(self._count[0]) & 1]]
         slots[self.rank][: len(values)].copy_(values)
         self._meet()
         return slots
@@ -126,7 +145,7 @@ class SharedMemoryCollectives:
                 raise gone(rank) from None
         else:
             if not select.select([stream], [], [], PATIENCE_SECONDS)[0]:
-                raise EngineDeadError(f"rank {rank} has not answered for {PATIENCE_SECONDS:g} seconds")
+                raise stuck(rank)
             try:
                 signal = stream.recv(1)
             except OSError:
@@ -134,9 +153,32 @@ class SharedMemoryCollectives:
         if not signal:
             raise gone(rank)
 
+    def _wait_on(self, rank: int) -> None:
+        """A compiled step has spun for long, and this rank is still not where the step is. Returns after a nap."""
+        count, now = int(self._count[0]), time.monotonic()
+        if self._waiting_since[:2] != (count, rank):
+            self._waiting_since = (count, rank, now)
+        if now - self._waiting_since[2] > PATIENCE_SECONDS:
+            raise stuck(rank)
+        stream = self._sockets[rank]
+        if select.select([stream], [], [], NAP_SECONDS)[0] and _is_closed(stream):
+            place = self._slots.nbytes + rank * COUNTER_BYTES
+            if int(self._memory[place : place + 8].view(torch.int64)) < count:  # else it came, and then it ended
+                raise gone(rank)
+
+
+def _is_closed(stream: socket.socket) -> bool:
+    """Of one that can be read from."""
+    try:
+        return not stream.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
+
 
 class GroupCollectives:
     """Through torch.distributed's default group, on the device of the tensors."""
+
+    meeting = None  # no compiled step: between machines nothing is shared
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
@@ -164,6 +206,11 @@ class GroupCollectives:
 
     def close(self) -> None:
         """The group is ranks.py's to end."""
+
+
+def stuck(rank: int) -> EngineDeadError:
+    """The error for whoever has waited too long."""
+    return EngineDeadError(f"rank {rank} has not answered for {PATIENCE_SECONDS:g} seconds")
 
 
 def gone(rank: int | None = None) -> EngineDeadError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from golden.tiny import BACKEND_DECODERS
 from minivllm import LLM, SamplingParams
 from minivllm.errors import ConfigError, EngineDeadError, InvalidRequestError
+from minivllm.kernels.amx import HAS_AMX
 from minivllm.worker import parallel_executor, ranks, ray_actors
 from minivllm.worker.ranks import connect
+from tests.models.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
 # impl: nothing is compiled when a process starts
@@ -59,6 +64,32 @@ def test_a_killed_rank_is_an_error_at_once_and_at_rest_it_is_seen(llm: LLM):
     with pytest.raises(EngineDeadError, match="rank of this model has ended|rank 1 of this model has ended"):
         list(stream)
     assert time.monotonic() - started < 5
+
+
+def test_a_rank_that_is_killed_in_a_compiled_step_is_an_error_at_once(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+):
+    """It is stopped wherever it is while tokens come, and then killed."""
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.update({"hidden_size": 96, "head_dim": 64, "intermediate_size": 256})
+    tiny_hf(config).bfloat16().save_pretrained(folder)
+    num_threads = torch.get_num_threads()
+    llm = LLM(folder, dtype="bfloat16", num_gpu_blocks_override=64, tensor_parallel_size=2)
+    try:
+        assert (llm.llm_engine._executor._runner.path.decoder_weights is not None) == HAS_AMX
+        stream = llm.stream(PROMPT, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
+        next(stream)
+        process = process_of(llm)
+        process.send_signal(signal.SIGSTOP)
+        threading.Timer(0.5, process.kill).start()
+        started = time.monotonic()
+        with pytest.raises(EngineDeadError, match="rank of this model has ended|rank 1 of this model has ended"):
+            list(stream)
+        assert 0.4 < time.monotonic() - started < 5
+    finally:
+        llm.llm_engine.close()
+        torch.set_num_threads(num_threads)
 
 
 def test_close_ends_the_other_rank_and_another_engine_may_follow(llm: LLM, tiny_model: Callable[[str], Path]):

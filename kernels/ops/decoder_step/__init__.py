@@ -16,12 +16,22 @@ from types import ModuleType
 import torch
 
 from minivllm.kernels.decoder_step import cpu, reference
+from minivllm.kernels.decoder_step.meeting import COUNTER_BYTES, Meeting
 from minivllm.kernels.decoder_step.weights import PARTS, DecoderLayer, DecoderShape, DecoderWeights
 from minivllm.kernels.dispatch import choose
 from minivllm.kernels.paged_attention.cpu_rows_amx import can_use_amx
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata, validate_metadata
 
-__all__ = ["PARTS", "DecoderLayer", "DecoderShape", "DecoderWeights", "decoder_step", "is_fast_for"]
+__all__ = [
+    "COUNTER_BYTES",
+    "PARTS",
+    "DecoderLayer",
+    "DecoderShape",
+    "DecoderWeights",
+    "Meeting",
+    "decoder_step",
+    "is_fast_for",
+]
 
 
 def is_fast_for(cache: torch.Tensor) -> bool:  # [num_kv_heads, num_blocks, block_size, head_size]
@@ -41,7 +51,7 @@ def decoder_step(
     """Returns the normed hidden states and writes the tokens' keys and values into the caches of the layers.
 
     Raises ValueError naming both sides where arguments do not fit,
-    before anything is written.
+    before anything is written. With a meeting: what its `wait` raises.
     """
     shape, num_tokens = weights.shape, metadata.query_start_loc[-1]
     sizes = {"hidden_states": shape.hidden_size, "cos": shape.head_size, "sin": shape.head_size}

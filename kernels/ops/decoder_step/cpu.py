@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivllm.kernels.decoder_step.weights import ATTENTION, NORMS, PRODUCTS, ROTATION, DecoderWeights
-from minivllm.kernels.jit import FLOAT32, array_at, cycles, jit, like, narrow, prange, use_torch_threads, widen
+from minivllm.kernels.decoder_step.meeting import ALONE, SLOT_ROWS, add_up, meet
+from minivllm.kernels.decoder_step.weights import ATTENTION, NORMS, PRODUCTS, ROTATION, SUMS, DecoderWeights
+from minivllm.kernels.jit import FLOAT32, INT64, array_at, cycles, jit, like, narrow, prange, use_torch_threads, widen
 from minivllm.kernels.packed_matmul.cpu import BYTES, multiply, multiply_and_gate, padded, widened
 from minivllm.kernels.paged_attention.cpu_plan import PROMPT_ROWS, LayerShape, StepPlan, plan_layer
 from minivllm.kernels.paged_attention.cpu_prompts_amx import attend as attend_prompts
@@ -50,7 +51,8 @@ def decoder_step(
     rows, prompts = plan.rows, plan.prompts  # with AMX there is no third way
     residual, out = hidden_states.contiguous(), torch.empty_like(hidden_states)
     workspace = _workspace(num_rows, weights)  # alive until the call returns
-    run_layers(
+    meeting = weights.meeting
+    is_done = run_layers(
         (residual.data_ptr(), out.data_ptr(), weights.last_norm.data_ptr(), cos.data_ptr(), sin.data_ptr()),
         weights.addresses,
         (shape.hidden_size, shape.num_heads, shape.qkv_size, shape.intermediate_size),
@@ -66,9 +68,12 @@ def decoder_step(
         prompts.laid_out,
         known_head_size(head_size),
         tuple(buffer.data_ptr() for buffer in workspace),
+        ALONE if meeting is None else meeting.numbers,
         weights.cycles,
         like(hidden_states),
     )
+    if meeting is not None and not is_done:
+        raise meeting.errors.pop()
     return out
 
 
@@ -102,10 +107,12 @@ def run_layers(
     laid_out: tuple[int, ...],  # addresses of their keys and values, and how many
     known_head_size: Any,
     workspace: tuple[int, ...],  # addresses; hidden holds zeros
+    meeting: tuple[int, ...],  # a Meeting's numbers, or ALONE
     spent: Any,  # [num_parts] cycles, added to
     like: Any,
-) -> None:
-    """The step. Addresses are those of dense tensors as the package's docstring shapes them."""
+) -> bool:
+    """The step. Addresses are those of dense tensors as the package's docstring shapes them. False: another rank did
+    not come."""
     residual, out, last_norm, cos, sin = ends
     num_rows, num_kv_heads, _, _, _, head_size = cache_sizes
     hidden_size, num_heads, qkv_size, intermediate_size = sizes
@@ -133,15 +140,56 @@ def run_layers(
             lay_out(caches, *about, contexts[0], prompts[1], laid_out)
             attend_prompts(query, attended, *about, prompts[2], laid_out, scoring[0][0], scoring[2])
         now = spend(spent, ATTENTION, now)
-        multiply(attended, w_o, o_bias, hidden, (num_rows, num_heads * head_size, hidden_size), scratch, like)
-        now = spend(spent, PRODUCTS, now)
+        sizes_of_o = (num_rows, num_heads * head_size, hidden_size)
+        if not multiply_and_sum(attended, w_o, o_bias, hidden, sizes_of_o, scratch, meeting, spent, like):
+            return False
+        now = cycles()
         add_and_norm(hidden, residual, post_norm, normed, num_rows, hidden_size, eps, like)
         now = spend(spent, NORMS, now)
         sizes_of_gate = (num_rows, hidden_size, intermediate_size)
         multiply_and_gate(normed, w_gate_up, gate_up_bias, gated, sizes_of_gate, scratch, like)
-        multiply(gated, w_down, down_bias, hidden, (num_rows, intermediate_size, hidden_size), scratch, like)
         spend(spent, PRODUCTS, now)
+        sizes_of_down = (num_rows, intermediate_size, hidden_size)
+        if not multiply_and_sum(gated, w_down, down_bias, hidden, sizes_of_down, scratch, meeting, spent, like):
+            return False
     add_and_norm(hidden, residual, last_norm, out, num_rows, hidden_size, eps, like)
+    return True
+
+
+@jit
+def multiply_and_sum(
+    rows: int,  # as `multiply` takes them
+    weight: tuple[int, int],
+    bias: int,
+    out: int,  # [num_rows, out_features] written
+    sizes: tuple[int, ...],  # num_rows, in_features of this rank, out_features
+    scratch: int,
+    meeting: tuple[int, ...],
+    spent: Any,
+    like: Any,
+) -> bool:
+    """out = rows . weight + bias, summed over the ranks. False: another rank did not come."""
+    num_rows, in_features, out_features = sizes
+    rank, size, slots, slot_bytes, _, count_at, _, _ = meeting
+    now = cycles()
+    if size == 1:
+        multiply(rows, weight, bias, out, sizes, scratch, like)
+        spend(spent, PRODUCTS, now)
+        return True
+    count, row_bytes = array_at(count_at, (1,), INT64), out_features * BYTES
+    rows_at_once = slot_bytes // row_bytes // SLOT_ROWS * SLOT_ROWS
+    for first in range(0, num_rows, rows_at_once):
+        some = min(rows_at_once, num_rows - first)
+        count[0] += 1
+        parts = slots + (count[0] & 1) * size * slot_bytes
+        source, own = rows + first * in_features * BYTES, parts + rank * slot_bytes
+        multiply(source, weight, bias, own, (some, in_features, out_features), scratch, like)
+        now = spend(spent, PRODUCTS, now)
+        if not meet(meeting, count[0]):
+            return False
+        add_up(parts, size, slot_bytes, out + first * row_bytes, some * out_features, like)
+        now = spend(spent, SUMS, now)
+    return True
 
 
 @jit(inline="always")

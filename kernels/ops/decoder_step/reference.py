@@ -26,6 +26,7 @@ def decoder_step(
     shape = weights.shape
     widths = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     qkv_size = sum(widths) * shape.head_size
+    all_reduce = (lambda part: part) if weights.meeting is None else weights.meeting.all_reduce
     residual = None
     for layer in weights.layers:
         normed, residual = rms_norm(hidden_states, layer.input_norm, shape.eps, residual, False)
@@ -46,12 +47,12 @@ def decoder_step(
             soft_cap=None,
             alibi_slopes=None,
         )
-        hidden_states = packed_matmul(attended.flatten(1), layer.o, layer.o_bias, shape.hidden_size, layer.o_levels)
-        normed, residual = rms_norm(hidden_states, layer.post_norm, shape.eps, residual, False)
+        own = packed_matmul(attended.flatten(1), layer.o, layer.o_bias, shape.hidden_size, layer.o_levels)
+        normed, residual = rms_norm(all_reduce(own), layer.post_norm, shape.eps, residual, False)
         gate_up = packed_matmul(
             normed, layer.gate_up, layer.gate_up_bias, 2 * shape.intermediate_size, layer.gate_up_levels
         )
-        hidden_states = packed_matmul(
-            silu_and_mul(gate_up, "silu"), layer.down, layer.down_bias, shape.hidden_size, layer.down_levels
-        )
+        gated = silu_and_mul(gate_up, "silu")
+        own = packed_matmul(gated, layer.down, layer.down_bias, shape.hidden_size, layer.down_levels)
+        hidden_states = all_reduce(own)
     return rms_norm(hidden_states, weights.last_norm, shape.eps, residual, False)[0]

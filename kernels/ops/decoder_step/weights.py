@@ -11,9 +11,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from minivllm.kernels.decoder_step.meeting import Meeting
+
 # What the cycles of the layers are counted for, and its place in the count.
-PARTS = ("norms", "products", "rotation", "attention")
-NORMS, PRODUCTS, ROTATION, ATTENTION = range(len(PARTS))
+PARTS = ("norms", "products", "rotation", "attention", "sums")  # the last: over the ranks, waiting included
+NORMS, PRODUCTS, ROTATION, ATTENTION, SUMS = range(len(PARTS))
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class DecoderWeights:
     layers: tuple[DecoderLayer, ...]
     last_norm: torch.Tensor  # [hidden_size]
     shape: DecoderShape
+    meeting: Meeting | None = None  # with the other ranks, where each layer is a part of it; o and down are then summed
     cycles: np.ndarray = field(default_factory=lambda: np.zeros(len(PARTS), np.int64))  # [num_parts], so far
 
     @cached_property
