@@ -4,8 +4,8 @@ The modules stay what the model is: they load the weights, compute prompts, serv
 The call is for steps of few rows, where starting an operation takes as long as the operation. Its numbers are theirs.
 
 Only for what it knows: decoders of llama.py's shape whose layers are all alike, in bfloat16, on a CPU with AMX. There
-is none for any other, nor with batch invariance, weights in 8 bits or quantised caches. Several ranks have one where they
-share memory, and where all of them can.
+is none for any other, nor with batch invariance, weights in 8 bits or quantised caches. Several ranks have one where
+they share memory, and where all of them can.
 
 Called by worker/cpu.py. Twin in vLLM: none; on a GPU its CUDA graphs.
 """
