@@ -121,13 +121,15 @@ SOURCES = tuple(
 )
 
 
-def jit(function: Callable[..., Any] | None = None, *, parallel: bool = False, inline: str = "never") -> Any:
+def jit(
+    function: Callable[..., Any] | None = None, *, parallel: bool = False, inline: str = "never", nogil: bool = False
+) -> Any:
     """Decorator: compile on the first call, keep on disk. parallel: the iterations of `prange` are shared by threads.
-    inline: "always" for what kernels call."""
+    inline: "always" for what kernels call. nogil: for what takes milliseconds; other threads run Python meanwhile."""
     if function is None:
-        return partial(jit, parallel=parallel, inline=inline)
+        return partial(jit, parallel=parallel, inline=inline, nogil=nogil)
     options: dict[str, Any] = {"fastmath": set(ROUNDING), "error_model": "numpy", "inline": inline}
-    options["parallel"] = parallel and HAS_OPENMP
+    options |= {"parallel": parallel and HAS_OPENMP, "nogil": nogil}
     if inline != "never":
         return numba.njit(**options)(function)
     try:

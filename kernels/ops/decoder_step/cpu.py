@@ -90,7 +90,7 @@ def _workspace(num_rows: int, weights: DecoderWeights) -> tuple[torch.Tensor, ..
     return (*rows, widened(max(shape.hidden_size, query_size, shape.intermediate_size)))
 
 
-@jit
+@jit(nogil=True)
 def run_layers(
     ends: tuple[int, ...],  # addresses of: embedding, result, last norm, cos, sin
     layers: Any,  # [num_layers, 18], the fields of DecoderLayer
