@@ -8,7 +8,8 @@ a holds 16 rows of 32 bfloat16; b holds 16 pairs of its rows, the two values of 
 Numbers of tiles are part of the instruction, so they must be literals. On a CPU without AMX these functions compile to
 nothing; ask `HAS_AMX` first. `load_tiles_shape` must come before any other in every thread, `release_tiles` behind.
 
-Knows no operation. Called by: packed_matmul/cpu.py. Twin in vLLM: csrc/cpu/micro_gemm/cpu_micro_gemm_amx.hpp.
+Knows no operation. Called by: packed_matmul, decoder_step, paged_attention's cpu_rows_amx.py and cpu_prompts_amx.py.
+Twin in vLLM: csrc/cpu/micro_gemm/cpu_micro_gemm_amx.hpp.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def decoder_step(
 ) -> torch.Tensor:  # [num_tokens, hidden_size]
     """Returns the normed hidden states and writes the tokens' keys and values into the caches of the layers.
 
-    Raises ValueError naming both sides where arguments do not fit,
-    before anything is written. With a meeting: what its `wait` raises.
+    Raises ValueError naming both sides where arguments do not fit, before anything is written; with a meeting, what its
+    `wait` raises.
     """
     shape, num_tokens = weights.shape, metadata.query_start_loc[-1]
     sizes = {"hidden_states": shape.hidden_size, "cos": shape.head_size, "sin": shape.head_size}

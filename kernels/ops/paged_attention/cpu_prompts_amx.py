@@ -262,7 +262,7 @@ def weigh(
     for j in range(len(seen)):
         seen[j] = exp2(seen[j] * scale - now)
         total += seen[j]
-    factor = exp2(largest - now)
+    factor = exp2(largest - now) if now != largest else np.float32(1)
     if factor != 1:
         so_far = array_at(sums, (value_of(known_head_size),), FLOAT32)
         for d in range(len(so_far)):
