@@ -15,10 +15,10 @@ benchmarks/weight_formats.py`; int4's rows above 4 are its int8 form). A layer o
     head   bfloat16  5929   5998   6045   5961   6329   7800   9230  18380
            int8      3420   3791   3985   4598   6293   8709  16144  69180
 
-(All of int8's rows are from before its rows were split as they are now; to be measured again.) So with AMX int8 is a
-format for memory, and for the head of a few rows; int4 is the one for speed.
+(All of int8's rows are from before its rows were split as they are now, int4's from before its strips; to be measured
+again.) So with AMX int8 is a format for memory, and for the head of a few rows; int4 is the one for speed.
 
-**int4 is for few rows.** torch's product spends per row what it spends once per weight, so from FEW_ROWS on another
+**int4 is for few rows without AMX.** torch's product spends per row what it spends once per weight, so from FEW_ROWS on another
 form of the same weight is faster. In bfloat16 that is never slower than an unquantised model, and gives its numbers;
 in 8 bits both forms together are smaller than an unquantised model.
 

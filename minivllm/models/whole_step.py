@@ -1,7 +1,7 @@
-"""A model's decode step as one call: from its modules to the table of weights that kernels/ops/decoder_step takes.
+"""A model's step as one call: from its modules to the table of weights that kernels/ops/decoder_step takes.
 
-The modules stay what the model is: they load the weights, compute prompts, serve hooks, and say here what they hold.
-The call is for steps of few rows, where starting an operation takes as long as the operation. Its numbers are theirs.
+The modules stay what the model is: they load the weights, serve hooks, and say here what they hold. The call is for
+speed, most of all where starting an operation takes as long as the operation. Its numbers are theirs.
 
 Only for what it knows: decoders of llama.py's shape whose layers are all alike, in bfloat16, on a CPU with AMX. There
 is none for any other, nor with batch invariance, weights in 8 bits or quantised caches. Several ranks have one where
