@@ -18,9 +18,9 @@ benchmarks/weight_formats.py`; int4's rows above 4 are its int8 form). A layer o
 (All of int8's rows are from before its rows were split as they are now, int4's from before its strips; to be measured
 again.) So with AMX int8 is a format for memory, and for the head of a few rows; int4 is the one for speed.
 
-**int4 is for few rows without AMX.** torch's product spends per row what it spends once per weight, so from FEW_ROWS on another
-form of the same weight is faster. In bfloat16 that is never slower than an unquantised model, and gives its numbers;
-in 8 bits both forms together are smaller than an unquantised model.
+**int4 is for few rows without AMX.** torch's product spends per row what it spends once per weight, so from FEW_ROWS
+on another form of the same weight is faster. In bfloat16 that is never slower than an unquantised model, and gives its
+numbers; in 8 bits both forms together are smaller than an unquantised model.
 
 **int8 takes rows in two digits.** oneDNN multiplies 8-bit rows with 8-bit weights. Rows rounded to 8 bits cost the
 default model 4.3 % of perplexity, nearly all the loss there is: a few of its activations are large, and a row has one
