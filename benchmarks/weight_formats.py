@@ -1,7 +1,8 @@
-"""What a product costs in each weight format, by the number of rows: the table of models/quantised.py.
+"""What a product costs in each weight format, by the number of rows: the tables of models/linear.py and quantised.py.
 
-    python benchmarks/weight_formats.py              the products alone, shapes of SmolLM2-135M
-    python benchmarks/weight_formats.py --engine     the default model: one stream, and 32 requests
+    python benchmarks/weight_formats.py                      the products alone, shapes of SmolLM2-135M
+    python benchmarks/weight_formats.py --dtype float32      plain and packed
+    python benchmarks/weight_formats.py --engine             the default model: one stream, and 32 requests
 
 Every format has the layers' weights of its own, so that none is left in the cache from the call
 before; the formats take turns, and the fastest round counts. One thread's CPU time: other processes then matter little.
@@ -20,23 +21,29 @@ from machine import describe
 from workload import random_requests
 
 from minivllm import LLM, SamplingParams
-from minivllm.models.linear import FORMATS
+from minivllm.kernels.amx import HAS_AMX
+from minivllm.models.linear import FORMATS, IN_STRIPS
 from minivllm.worker.executor import keep_freed_memory
 
 LAYER = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}  # out x in
 HEAD = {"head": (49_152, 576)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
-NAMES = ("packed", "int8", "int4", "int4+bf16")
+NAMES = {
+    torch.float32: ("plain", "packed"),
+    torch.bfloat16: ("plain", "packed", "int8", *((IN_STRIPS,) if HAS_AMX else ("int4", "int4+bf16"))),
+}
 
 
-def seconds_of(shapes: dict[str, tuple[int, int]], num_layers: int, rounds: int) -> dict[tuple[int, str], float]:
+def seconds_of(
+    shapes: dict[str, tuple[int, int]], dtype: torch.dtype, num_layers: int, rounds: int
+) -> dict[tuple[int, str], float]:
     """(rows, format) -> seconds of one layer's products, the best of all rounds."""
-    plain = [[torch.randn(shape).bfloat16() * 0.05 for shape in shapes.values()] for _ in range(num_layers)]
-    stored = {name: [[FORMATS[name].store(weight) for weight in layer] for layer in plain] for name in NAMES}
+    plain = [[torch.randn(shape).to(dtype) * 0.05 for shape in shapes.values()] for _ in range(num_layers)]
+    stored = {name: [[FORMATS[name].store(weight) for weight in layer] for layer in plain] for name in NAMES[dtype]}
     best: dict[tuple[int, str], float] = {}
     for _, num_rows in itertools.product(range(rounds), ROWS):
-        inputs = [torch.randn(num_rows, shape[1]).bfloat16() for shape in shapes.values()]
-        for name in NAMES:
+        inputs = [torch.randn(num_rows, shape[1]).to(dtype) for shape in shapes.values()]
+        for name in NAMES[dtype]:
             start = time.thread_time()
             for layer in stored[name]:
                 for rows, weight in zip(inputs, layer, strict=True):
@@ -68,6 +75,7 @@ def compare_engines(names: tuple[str, ...], rounds: int) -> None:
 
 def main(
     engine: Annotated[bool, typer.Option("--engine", help="Measure the default model.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the rows: bfloat16 or float32.")] = "bfloat16",
     layers: Annotated[int, typer.Option(help="Weights of so many layers take turns.")] = 30,
     rounds: Annotated[int, typer.Option()] = 5,
 ) -> None:
@@ -78,12 +86,12 @@ def main(
     if engine:
         compare_engines(("none", "int8", "gguf", "gguf+bf16"), rounds)
         return
+    names = NAMES[getattr(torch, dtype)]
     for title, shapes, count in (("a layer", LAYER, layers), ("the head", HEAD, 2)):
-        print(f"microseconds, {title}\n" + "".join(f"{name:>10}" for name in ("rows", *NAMES)))
-        best = seconds_of(shapes, count, rounds)
+        print(f"microseconds, {title}\n      rows" + "".join(f"{name:>16}" for name in names))
+        best = seconds_of(shapes, getattr(torch, dtype), count, rounds)
         for num_rows in ROWS:
-            times = [best[num_rows, name] * 1e6 for name in NAMES]
-            print(f"{num_rows:10d}" + "".join(f"{microseconds:10.0f}" for microseconds in times))
+            print(f"{num_rows:10d}" + "".join(f"{best[num_rows, name] * 1e6:16.0f}" for name in names))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,10 @@ def _use_whole_vectors() -> None:
 _use_whole_vectors()
 
 ROUNDING = frozenset({"reassoc", "contract", "arcp", "nsz"})  # of LLVM's fast-math flags, those that spare NaN
+# Without the first, a value's bits do not depend on whether it was computed in a vector. LLVM makes two loops of one
+# that writes, and asks at run time whether what is written lies so close behind what is read that only the plain loop
+# is right. The addresses of the day must not change a bit: tests/kernels/test_batch_invariance.py.
+IN_ORDER = ROUNDING - {"reassoc"}
 
 
 # ------------------------------------------------------------------ tensors in
@@ -122,13 +126,20 @@ SOURCES = tuple(
 
 
 def jit(
-    function: Callable[..., Any] | None = None, *, parallel: bool = False, inline: str = "never", nogil: bool = False
+    function: Callable[..., Any] | None = None,
+    *,
+    parallel: bool = False,
+    inline: str = "never",
+    nogil: bool = False,
+    in_order: bool = False,
 ) -> Any:
     """Decorator: compile on the first call, keep on disk. parallel: the iterations of `prange` are shared by threads.
-    inline: "always" for what kernels call. nogil: for what takes milliseconds; other threads run Python meanwhile."""
+    inline: "always" for what kernels call. nogil: for what takes milliseconds; other threads run Python meanwhile.
+    in_order: sums and products as they are written, for a loop that writes what it computes (see IN_ORDER)."""
     if function is None:
-        return partial(jit, parallel=parallel, inline=inline, nogil=nogil)
-    options: dict[str, Any] = {"fastmath": set(ROUNDING), "error_model": "numpy", "inline": inline}
+        return partial(jit, parallel=parallel, inline=inline, nogil=nogil, in_order=in_order)
+    rounding = set(IN_ORDER if in_order else ROUNDING)
+    options: dict[str, Any] = {"fastmath": rounding, "error_model": "numpy", "inline": inline}
     options |= {"parallel": parallel and HAS_OPENMP, "nogil": nogil}
     if inline != "never":
         return numba.njit(**options)(function)

@@ -4,24 +4,30 @@ A weight comes in as a plain [out_features, in_features] tensor and is kept in a
 to multiply with it (`FORMATS`). The plain copy is dropped as soon as the stored one exists: weights are resident once.
 
     plain    the tensor itself, torch.nn.functional.linear
-    packed   oneDNN's tiled layout: one repack at load, every product after that is faster
+    packed   oneDNN's tiled layout: one repack at load, every product after that is faster in 16 bits
     int8     a byte per weight, where the user asks for quantised weights: models/quantised.py
     int4     groups of 4-bit codes, as a GGUF file has them or rounded at load, and a form for more rows; with AMX in
              strips, which serve any number of rows
 
-Packed against plain, float32 on an AVX2 CPU, one thread, microseconds (minimum of 40, weights not in cache):
+Plain against packed on an Intel Xeon with AMX, one thread, microseconds (`python benchmarks/weight_formats.py`, in
+float32 with `--dtype float32`). The products of a layer of SmolLM2-135M, and its head:
 
-    out x in        1 row         4 rows        16 rows        32 rows        128 rows
-    576 x 1536    340 |  424     663 | 546    1235 | 1158    2012 |  1875    6761 |  6340
-    1536 x 576    408 |  379     745 | 503    1311 | 1082    2087 |  1787    7237 |  6242
-    896 x 4864   1136 | 1562    3277 | 2072   6081 | 5178   10034 |  8429   33357 | 30477
-    49152 x 576  13.7 |  9.3 ms 39.5 | 12.8   61.4 | 31.5    91.4 |  53.9
+    rows                       1       2       4       8      16      32      64     256
+    layer  float32 plain    1284    1242    2014    2573    2579    3283    4116   11476
+                   packed   1478    1456    1554    1730    2058    2653    3863   10916
+           bfloat16 plain   1321    1261    1279    1264    1309    1410    1743    2757
+                   packed    922     881     860     900     928    1027    1236    1944
+    head   float32 plain    8302    8499   16799   26594   25538   28418   34082   92432
+                   packed   8343    8459    8748   10875   13388   18870   28730   92402
 
-Only narrow weights at a single row lose, up to 1.4x; from two rows on packed always wins, 1.1x to 3x. Hence the rule:
-pack whatever oneDNN can multiply at full speed in that dtype, else keep it plain.
+So 16 bits are packed. In float32 the layers stay plain: there oneDNN's sums are off by half as much again (5.2e-7 of
+the result's size against 3.5e-7, 1,536 terms), which the layers behind can make a log-probability of 1e-4 of; a single
+stream is faster that way, and 16 at once lose nothing that could be measured. What the head rounds goes nowhere else,
+so its table is packed.
 
 Batch invariance: `in_row_tiles` multiplies `ROW_TILE` rows at a time, the last tile filled with zeros. Every call then
-has one shape, so a row's sums are formed in one order whoever its neighbours are.
+has one shape, so a row's sums are formed in one order whoever its neighbours are. Such tiles are packed in float32 too:
+for eight rows that is a third faster, and torch's own product does not promise the same bits at every address.
 
 Knows no architecture. Called by: models/*.py. Twin in vLLM: vllm/model_executor/layers/linear.py and
 vocab_parallel_embedding.py.
@@ -89,8 +95,13 @@ FORMATS: Mapping[str, WeightFormat] = {
 }
 
 
-def choose_format(weight: torch.Tensor) -> WeightFormat:
-    """The fastest format that gives the weight's own results. weight: [out_features, in_features]."""
+def choose_format(weight: torch.Tensor, *, exact: bool) -> WeightFormat:
+    """How a weight is kept that is not quantised. weight: [out_features, in_features].
+
+    exact: float32 is multiplied as torch does it, which rounds less. Without: as fast as many rows can be.
+    """
+    if exact and weight.dtype == torch.float32:
+        return FORMATS["plain"]
     checks: dict[torch.dtype, Callable[[], bool]] = {
         torch.float32: torch.backends.mkldnn.is_available,
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
@@ -163,7 +174,8 @@ class Linear(nn.Module):
         keep_plain: the weight is somebody else's too, use it as it is.
         """
         linear = cls(weight.shape[1], weight.shape[0], options, bias=bias is not None)
-        linear._set_weight(weight, FORMATS["plain"] if keep_plain else choose_format(weight))
+        exact = not options.batch_invariant
+        linear._set_weight(weight, FORMATS["plain"] if keep_plain else choose_format(weight, exact=exact))
         linear.bias = bias
         return linear
 
@@ -247,7 +259,8 @@ class Linear(nn.Module):
         for shard, weight in grouped.items():
             self._copy("weight", shard, weight.dequantise())
         plain = self._loading.pop("weight")
-        self._set_weight(plain, choose_format(plain) if kind is None else FORMATS[kind])
+        exact = not self.options.batch_invariant
+        self._set_weight(plain, choose_format(plain, exact=exact) if kind is None else FORMATS[kind])
 
     def _set_weight(
         self,
@@ -284,8 +297,8 @@ class Embedding(nn.Module):
 class TiedEmbedding(Embedding):
     """One table that is both the embedding and the LM head (tie_word_embeddings), resident once.
 
-    The head wants the packed layout (LM head of 49152 x 576 at 4 rows: 12.8 ms against 39.5 plain), the embedding
-    wants rows. oneDNN's layout is opaque but regular: tiles of rows x columns. So the table is packed, its tiles are
+    The head wants the packed layout (49152 x 576 at 4 rows in float32: 8.7 ms against 16.8 plain), the embedding wants
+    rows. oneDNN's layout is opaque but regular: tiles of rows x columns. So the table is packed, its tiles are
     found by comparing with the plain copy, and only when every row read back through the tiles is bit-equal is the
     plain copy dropped. A row costs 3 us instead of 0.7. Where the tiles are not found, the plain table serves both.
 
@@ -336,7 +349,7 @@ class TiedEmbedding(Embedding):
                 return
         super()._put(tensor)
         table = self.weight
-        self._format = choose_format(table)
+        self._format = choose_format(table, exact=False)
         stored = self._format.store(table)
         self._tiles = find_tiles(stored, table) if stored.is_mkldnn else None
         if self._tiles is not None:

@@ -4,7 +4,8 @@ One request is computed whole, alone, in scattered blocks; then in every other w
 out, bit for bit.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm.kernels.paged_attention import encoder_attention
+from minivllm.kernels.rms_norm import rms_norm
+from minivllm.kernels.rotary_embedding import rotary_embedding
+from minivllm.kernels.silu_and_mul import silu_and_mul
 from tests.kernels.helpers import DTYPES, Request, Shape, as_bits, make_batch, num_blocks_of, random_values
 
 SEQ_LEN = 150  # over one key tile of 128 and not a multiple of anything
@@ -158,3 +162,34 @@ def test_an_encoder_request_has_the_same_bits_alone_and_in_any_batch(dtype: torc
         operands = (x[start:end].clone() for x in (query, key, value))
         alone = encoder_attention(*operands, [0, end - start], scale=0.125, batch_invariant=True)
         assert_same_bits(together[start:end], alone)
+
+
+def norm_of(rows: torch.Tensor) -> torch.Tensor:  # [num_rows, size] -> [num_rows, size]
+    return rms_norm(rows, rows[0] * 0.5, 1e-6, impl="cpu")
+
+
+def turned(rows: torch.Tensor) -> torch.Tensor:  # [num_rows, size] -> [num_rows, 1, size]
+    heads, angles = rows.unsqueeze(1), rows.float().cos()
+    return rotary_embedding(heads, heads, angles, angles, impl="cpu")[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", [norm_of, turned, silu_and_mul])
+@pytest.mark.parametrize("size", [16, 24, 64])
+@pytest.mark.parametrize("num_rows", [1, 2, 12])
+def test_where_rows_lie_in_memory_changes_no_bit(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
+    size: int,
+    num_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Compiled loops ask whether what they write lies close behind what they read, and then take another way."""
+    values = random_values(num_rows, size, dtype=dtype, seed=size)
+    expected = function(values.clone())
+    memory = torch.zeros(2 * values.numel() + 200, dtype=dtype)  # behind the rows is what is written
+    rows = memory[: values.numel()].view(values.shape).copy_(values)
+    for distance in range(0, 160, 4):
+        written = memory[values.numel() + distance :]
+        monkeypatch.setattr(torch, "empty", lambda shape, **_: written[: math.prod(shape)].view(shape))  # noqa: B023
+        assert_same_bits(function(rows), expected)

@@ -72,10 +72,11 @@ def test_shards_are_stacked_in_their_order_whatever_order_they_come_in() -> None
     torch.testing.assert_close(layer(rows), F.linear(rows, weight, bias))
 
 
-def test_fp32_is_packed_and_the_plain_copy_is_gone() -> None:
-    weight = random(640, 1024)  # whole tiles: the packed copy is exactly as large
-    layer = loaded(Linear(1024, 640, FP32), weight)
-    assert layer.weight.is_mkldnn
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_there_is_one_copy_of_a_weight_packed_or_plain(batch_invariant: bool) -> None:
+    weight = random(640, 1024)  # whole tiles: a packed copy is exactly as large
+    layer = loaded(Linear(1024, 640, ModelOptions(torch.float32, batch_invariant)), weight)
+    assert layer.weight.is_mkldnn == batch_invariant
     assert weight_bytes(layer) == weight.nbytes
     # type() and not isinstance(): some objects of torch warn when they are asked for their class
     alive = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.shape == weight.shape]
@@ -170,8 +171,10 @@ def test_an_embedding_copies_what_it_is_given() -> None:
     assert torch.equal(table(torch.tensor([3, 3, 9])), expected)
 
 
-def test_the_format_is_chosen_by_what_the_cpu_multiplies_fast() -> None:
-    assert choose_format(torch.empty(2, 2)) is FORMATS["packed"]
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_format_is_chosen_by_what_the_cpu_multiplies_fast_and_in_float32_by_exactness(exact: bool) -> None:
+    assert choose_format(torch.empty(2, 2), exact=exact) is FORMATS["plain" if exact else "packed"]
     can_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert choose_format(torch.empty(2, 2, dtype=torch.bfloat16)) is FORMATS["packed" if can_bf16 else "plain"]
-    assert choose_format(torch.empty(2, 2, dtype=torch.float64)) is FORMATS["plain"]
+    bf16 = choose_format(torch.empty(2, 2, dtype=torch.bfloat16), exact=exact)
+    assert bf16 is FORMATS["packed" if can_bf16 else "plain"]
+    assert choose_format(torch.empty(2, 2, dtype=torch.float64), exact=exact) is FORMATS["plain"]

@@ -24,7 +24,7 @@ from minivllm.kernels.paged_attention.cpu_prompts_amx import lay_out
 from minivllm.kernels.paged_attention.cpu_rows import known_head_size, merge
 from minivllm.kernels.paged_attention.cpu_rows_amx import attend_with_amx
 from minivllm.kernels.paged_attention.metadata import AttentionMetadata
-from minivllm.kernels.rms_norm.cpu import norm_row, norm_rows
+from minivllm.kernels.rms_norm.cpu import norm_row, norm_rows, sum_of_squares
 
 ROWS_FOR_THREADS = 8  # fewer are done before a second thread has begun
 
@@ -286,17 +286,15 @@ def rotate_row(
             kept[i] = value[i]
 
 
-@jit
+@jit(in_order=True)
 def rotate_head(source: int, target: int, cos: int, sin: int, norm: int, eps: float, head_size: int, like: Any) -> None:
     """target = the rotated source, normed where `norm` is not 0; all [head_size]."""
     values, rotated = array_at(source, (head_size,), like), array_at(target, (head_size,), like)
     cosines, sines = array_at(cos, (head_size,), FLOAT32), array_at(sin, (head_size,), FLOAT32)
     half = head_size // 2
     if norm != 0:
-        weights, squares = array_at(norm, (head_size,), like), np.float32(0)
-        for i in range(head_size):
-            squares += widen(values[i]) * widen(values[i])
-        scale = np.float32(1) / np.sqrt(squares / np.float32(head_size) + np.float32(eps))
+        weights = array_at(norm, (head_size,), like)
+        scale = np.float32(1) / np.sqrt(sum_of_squares(values) / np.float32(head_size) + np.float32(eps))
         for i in range(head_size):
             values[i] = narrow(widen(values[i]) * scale * widen(weights[i]), like)
     for i in range(half):

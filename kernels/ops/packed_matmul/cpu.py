@@ -247,7 +247,7 @@ def multiply_and_gate(
         release_tiles()
 
 
-@jit
+@jit(in_order=True)
 def gate_values(gates_at: int, ups_at: int, count: int, like: Any) -> None:
     """gates = silu(gates) * ups, both [count] float32"""
     gates, ups = array_at(gates_at, (count,), FLOAT32), array_at(ups_at, (count,), FLOAT32)

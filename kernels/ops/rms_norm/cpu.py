@@ -18,8 +18,8 @@ def rms_norm(
     """See the package's docstring."""
     x = x.contiguous()
     addend = x if residual is None else residual.contiguous()
-    total = x if residual is None else torch.empty_like(x)
-    out = torch.empty_like(x)
+    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype)
     addresses = (x.data_ptr(), addend.data_ptr(), total.data_ptr(), out.data_ptr(), weight.data_ptr())
     size = x.shape[-1]
     norm_rows(*addresses, x.numel() // size, size, residual is not None, eps, float(add_one), like(x))
@@ -46,7 +46,7 @@ def norm_rows(
         norm_row(np.int64(row), addresses, num_rows, size, has_residual, eps, plus, like)
 
 
-@jit
+@jit(in_order=True)
 def norm_row(
     row: int,
     addresses: tuple[int, ...],  # x, residual, total, out, weight of norm_rows
@@ -65,10 +65,15 @@ def norm_row(
     if has_residual:
         for i in range(size):
             totals[row, i] = narrow(widen(rows[row, i]) + widen(residuals[row, i]), like)
-    squares = np.float32(0)
-    for i in range(size):
-        squares += widen(totals[row, i]) * widen(totals[row, i])
-    scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
+    scale = np.float32(1) / np.sqrt(sum_of_squares(totals[row]) / np.float32(size) + np.float32(eps))
     for i in range(size):
         scaled = widen(totals[row, i]) * scale * (widen(weights[i]) + np.float32(plus))
         outs[row, i] = narrow(scaled, like)
+
+
+@jit
+def sum_of_squares(values: Any) -> Any:  # [size] -> float32
+    total = np.float32(0)
+    for i in range(len(values)):
+        total += widen(values[i]) * widen(values[i])
+    return total

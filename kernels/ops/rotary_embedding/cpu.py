@@ -18,12 +18,13 @@ def rotate(
     if x.stride(1) != head_size or x.stride(2) != 1:
         x, stride = x.contiguous(), heads * head_size
     out = torch.empty(x.shape, dtype=x.dtype)
-    addresses = (x.data_ptr(), cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), out.data_ptr())
+    cos, sin = cos.contiguous(), sin.contiguous()  # by name: a copy lives as long as its address is used
+    addresses = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
     _rotate(*addresses, num_tokens, stride, heads, head_size, like(x), like(cos))
     return out
 
 
-@jit(parallel=True)
+@jit(parallel=True, in_order=True)
 def _rotate(
     x: int,
     cos: int,

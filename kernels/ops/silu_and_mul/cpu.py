@@ -17,12 +17,12 @@ def silu_and_mul(
     """In bf16 the activated gate is rounded before it is multiplied, as transformers does."""
     x = x.contiguous()
     size = x.shape[-1] // 2
-    out = torch.empty(*x.shape[:-1], size, dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
     _gate(x.data_ptr(), out.data_ptr(), x.numel() // (2 * size), size, activation == "silu", like(x))
     return out
 
 
-@jit(parallel=True)
+@jit(parallel=True, in_order=True)
 def _gate(
     x: int,
     out: int,  # written
