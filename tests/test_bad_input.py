@@ -62,7 +62,8 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tiny_model: Callable[[str], Path]) -> Watched:
-    watched = Watched(LLM(tiny_model("llama"), dtype="float32", num_gpu_blocks_override=64, seed=7))
+    options = {"dtype": "float32", "num_gpu_blocks_override": 64, "seed": 7}
+    watched = Watched(LLM(tiny_model("llama"), batch_invariant=True, **options))  # an answer is compared bit for bit
     assert watched.canary() == watched.answer  # also when its prompt comes out of the prefix cache
     return watched
 

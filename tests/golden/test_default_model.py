@@ -79,7 +79,7 @@ def test_text_and_chat_become_the_ids_that_transformers_was_given(llm: LLM, case
 
 
 def test_a_badly_conditioned_position_keeps_to_transformers_in_float64() -> None:
-    """` "/=", "//="`: a rounding becomes several times larger here than at most positions. With every product in oneDNN's
+    """` "/=", "//="`: a rounding grows several times larger here than at most positions. With every product in oneDNN's
     layout it was 1.1e-4 off."""
     prompt = [14853, 48389, 476]
     truth = load_transformers(resolve_model(None)).model.double()
