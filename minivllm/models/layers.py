@@ -249,6 +249,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, self.widths, options, bias=config.qkv_bias)
         self.o_proj = row_parallel(query_size, config.hidden_size, options, bias=config.output_bias)
         self.q_norm, self.k_norm = q_norm, k_norm
+        self.head_shares = None if options.parallel is None else options.parallel.head_shares
 
     def forward(
         self, hidden_states: torch.Tensor, rope: Rope, kv_cache: KVCache, metadata: AttentionMetadata
@@ -268,6 +269,7 @@ class Attention(nn.Module):
             scale=config.scale,
             sliding_window=config.sliding_window,
             soft_cap=config.soft_cap,
+            head_shares=self.head_shares,
             impl=impl,
         )
         return self.o_proj(output.flatten(1))

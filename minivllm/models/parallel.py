@@ -10,9 +10,12 @@ So a rank's network is the model with fewer heads and a narrower MLP (`TensorPar
 models/llama.py build it as they build any other. What it lacks of the others comes from two sums in every layer, one
 behind the embedding, and the gathered logits: the row- and vocabulary-parallel classes of models/linear.py.
 
-Key/value heads are dealt out with their queries, as evenly as whole ones go. Where there are more ranks than key/value
-heads, several ranks have the same one, and share its queries; so every rank needs at least one query head. The MLP is
-cut evenly, whoever has more of the attention: ranks meet behind each of the two, and wait for the slowest both times.
+Key/value heads are dealt out with their queries. Where that leaves some ranks more than others, on a CPU, the two ranks
+on either side of the cut both keep the head, write its keys and values, and take turns by requests (`head_shares`): an
+attention that waits for the slower rank costs more than the projections computed twice. Elsewhere as evenly as whole
+heads go. Where there are more ranks than key/value heads, several ranks have the same one, and share its queries; so
+every rank needs at least one query head. The MLP is cut evenly: ranks meet behind attention and behind it, and wait for
+the slowest both times.
 
 Knows no file, no process and no network. Called by: engine/llm_engine.py (through worker/parallel_executor.py),
 models/loader.py, models/linear.py. Twin in vLLM: vllm/model_executor/layers/linear.py (its weight loaders) and
@@ -32,6 +35,7 @@ import torch
 
 from minivllm.errors import ConfigError
 from minivllm.kernels.decoder_step import Meeting
+from minivllm.kernels.paged_attention import HeadShares
 
 # The last module in a tensor's Hugging Face name -> (dimension that is cut, which range of TensorParallel).
 CUTS: Mapping[str, tuple[int, str]] = MappingProxyType(
@@ -81,13 +85,18 @@ class TensorParallel:
     mlp: range  # of intermediate_size
     vocab: range  # token ids
     vocab_widths: tuple[int, ...]  # of every rank
+    head_shares: HeadShares | None = None  # of this rank's key/value heads; None: all of each
 
     @classmethod
-    def of(cls, hf_config: Any, rank: int, size: int, collectives: Collectives) -> TensorParallel:
-        """The part of `rank`. Raises ConfigError where there is none for every rank."""
+    def of(
+        cls, hf_config: Any, rank: int, size: int, collectives: Collectives, *, share_heads: bool = False
+    ) -> TensorParallel:
+        """The part of `rank`. share_heads: a head may be two ranks'. Raises ConfigError where one has none."""
         check_size(hf_config, size)
-        head_size = _head_size(hf_config)
-        heads, kv_heads = zip(*(_heads_of(hf_config, number, size) for number in range(size)), strict=True)
+        head_size, num_kv_heads = _head_size(hf_config), hf_config.num_key_value_heads
+        is_shared = share_heads and size < num_kv_heads and num_kv_heads % size > 0
+        cut = _shared_heads_of if is_shared else _heads_of
+        heads, kv_heads = zip(*(cut(hf_config, number, size) for number in range(size)), strict=True)
         ends = [number * hf_config.vocab_size // size for number in range(size + 1)]
         mlp_ends = _mlp_ends(hf_config.intermediate_size, size)
         return cls(
@@ -101,6 +110,7 @@ class TensorParallel:
             mlp=range(mlp_ends[rank], mlp_ends[rank + 1]),
             vocab=range(ends[rank], ends[rank + 1]),
             vocab_widths=tuple(end - start for start, end in itertools.pairwise(ends)),
+            head_shares=_shares_of(kv_heads[rank], num_kv_heads, rank, size) if is_shared else None,
         )
 
     def narrow(self, hf_config: Any) -> Any:
@@ -168,6 +178,20 @@ def _heads_of(hf_config: Any, rank: int, size: int) -> tuple[range, range]:
     place = sharing.index(rank)
     ends = [first * group + number * group // len(sharing) for number in (place, place + 1)]
     return range(*ends), range(first, first + 1)
+
+
+def _shared_heads_of(hf_config: Any, rank: int, size: int) -> tuple[range, range]:
+    """As _heads_of, with every head of which the rank has any part."""
+    num_kv_heads = hf_config.num_key_value_heads
+    group = hf_config.num_attention_heads // num_kv_heads
+    kv_heads = range(rank * num_kv_heads // size, -(-(rank + 1) * num_kv_heads // size))
+    return range(kv_heads.start * group, kv_heads.stop * group), kv_heads
+
+
+def _shares_of(kv_heads: range, num_kv_heads: int, rank: int, size: int) -> HeadShares:
+    """Equal parts of all heads, side by side: what of each head is the rank's."""
+    start, end = rank * num_kv_heads / size, (rank + 1) * num_kv_heads / size
+    return tuple((max(start, head) - head, min(end, head + 1) - head) for head in kv_heads)
 
 
 def _mlp_ends(width: int, size: int) -> list[int]:

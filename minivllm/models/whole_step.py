@@ -82,6 +82,7 @@ def _shape_of(layer: Any) -> DecoderShape | None:
         eps=norms[0].eps,
         scale=config.scale,
         sliding_window=config.sliding_window,
+        head_shares=attention.head_shares,
     )
 
 

@@ -80,7 +80,7 @@ class ParallelExecutor(Executor):
             dtype = str(options.dtype).removeprefix("torch.")
             place = str(source.path.absolute())
             ranks.tell("load", model=place, dtype=dtype, max_model_len=max_model_len, settings=settings)
-            parallel = TensorParallel.of(hf_config, 0, size, ranks.collectives)
+            parallel = rank_process.part_of(ranks, hf_config, options)
             options = dataclasses.replace(options, parallel=parallel)
             model = loader.load_model(source, hf_config, options, show_progress=show_progress)
             executor = cls(ranks, parallel, model, options.dtype, max_model_len, device=options.device, **settings)

@@ -112,10 +112,17 @@ def _load(ranks: Ranks, device: torch.device, message: dict[str, Any]) -> Follow
         message["settings"]["batch_invariant"],
         message["settings"]["impl"],
         device,
-        parallel=TensorParallel.of(hf_config, ranks.rank, ranks.size, ranks.collectives),
     )
+    options = dataclasses.replace(options, parallel=part_of(ranks, hf_config, options))
     model = loader.load_model(source, hf_config, options)
     return FollowingExecutor(model, dtype, message["max_model_len"], device=device, **message["settings"])
+
+
+def part_of(ranks: Ranks, hf_config: Any, options: ModelOptions) -> TensorParallel:
+    """What of the model this rank has. Who computes a shared head for a request depends on the others in the step, so
+    batch-invariant ranks share none."""
+    share_heads = options.device.type == "cpu" and not options.batch_invariant
+    return TensorParallel.of(hf_config, ranks.rank, ranks.size, ranks.collectives, share_heads=share_heads)
 
 
 def main(arguments: list[str]) -> int:

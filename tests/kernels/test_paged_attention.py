@@ -1,15 +1,21 @@
 """paged_attention on a CPU obeys the rule for every mixture of requests, over a cache that is NaN wherever no
 request may look."""
 
+import itertools
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minivllm.kernels.paged_attention import AttentionMetadata
+from minivllm.kernels.paged_attention.metadata import heads_of_requests
 from tests.kernels.helpers import (
     DTYPES,
+    Batch,
     Request,
     Shape,
     as_bits,
@@ -172,3 +178,62 @@ def test_weights_are_not_rounded_to_the_dtype_of_the_values(dtype: torch.dtype, 
     kernel, reference = batch.run(impl="cpu", scale=0.125), batch.double().run(impl="reference", scale=0.125)
     assert_kernel_is_right(kernel, reference.to(dtype), reference)
     assert (reference > 4e-4).all()
+
+
+# ------------------------------------------------------------------ heads that two ranks share
+SHARES = [((0.0, 1.0), (0.0, 0.5)), ((0.5, 1.0), (0.0, 1.0))]  # three heads of two ranks, as each sees its own two
+
+
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 300)), min_size=1, max_size=9),
+    size=st.integers(2, 6),
+    num_kv_heads=st.integers(3, 11),
+)
+def test_every_head_of_a_request_is_computed_by_one_rank(requests: list[tuple[int, int]], size: int, num_kv_heads: int):
+    """The shares as models/parallel.py makes them."""
+    starts = [0, *itertools.accumulate(num_rows for num_rows, _ in requests)]
+    seq_lens = [num_rows + before for num_rows, before in requests]
+    computed = np.zeros((len(requests), num_kv_heads), int)
+    for rank in range(size if size <= num_kv_heads else 0):
+        start, end = rank * num_kv_heads / size, (rank + 1) * num_kv_heads / size
+        own = range(math.floor(start), math.ceil(end))
+        shares = tuple((max(start, head) - head, min(end, head + 1) - head) for head in own)
+        for request, (first, last) in enumerate(heads_of_requests(starts, seq_lens, len(own), shares)):
+            computed[request, own.start + first : own.start + last] += 1
+    assert size > num_kv_heads or (computed == 1).all()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 20}, {"soft_cap": 5.0}, {"alibi": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_shares_of_a_head_are_the_whole_and_zero_elsewhere(dtype: torch.dtype, options: dict[str, Any], impl: str):
+    shape = Shape(3, 3, 64, 16, dtype)
+    requests = [Request(700, seed=1), *mixture(16), Request(300, 300, seed=2), Request(600, 40, seed=3)]
+    batch = make_batch(requests, shape)
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = slopes_of(shape)
+    whole = batch.run(impl=impl, **options).unflatten(1, (3, 3))  # [num_tokens, num_kv_heads, group, head_size]
+    found = torch.zeros_like(whole)
+    for own, shares in zip((slice(0, 2), slice(1, 3)), SHARES, strict=True):
+        m = batch.metadata
+        part = Batch(
+            requests,
+            batch.query.unflatten(1, (3, 3))[:, own].flatten(1, 2),
+            batch.k_cache[own].clone(),
+            batch.v_cache[own].clone(),
+            AttentionMetadata(m.query_start_loc, m.seq_lens, m.block_table, m.slot_mapping, m.block_size),
+        )
+        slopes = options.get("alibi_slopes")
+        some = {} if slopes is None else {"alibi_slopes": slopes.view(3, 3)[own].flatten()}
+        rows = part.run(impl=impl, head_shares=shares, **{**options, **some}).unflatten(1, (2, 3))
+        shared = rows[:, 1 if own.start == 0 else 0].flatten(1)  # of the head in the middle [num_tokens, ...]
+        assert (shared == 0).all(1).any() and (shared != 0).any(1).any()
+        assert not ((found[:, 1].flatten(1) != 0).any(1) & (shared != 0).any(1)).any()  # nobody's work is done twice
+        found[:, own] += rows
+    torch.testing.assert_close(found, whole)  # torch's flash kernel sums three heads in another order than two
+
+
+def test_shares_that_do_not_fit_the_heads_are_refused():
+    with pytest.raises(ValueError, match="expected one for each of 2 key/value heads and an implementation for CPUs"):
+        make_batch([Request(5)]).run(head_shares=((0.0, 1.0),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from minivllm.models import loader
 from minivllm.models.layers import ModelOptions
 from minivllm.models.parallel import Collectives, TensorParallel, bytes_per_token
 from minivllm.models.registry import model_class
+from minivllm.worker.rank_process import part_of
 from tests.models.checkpoints import hf_weights, write_gguf_model
 from tests.models.paged import PagedRun
 from tests.models.test_decoders import CASES, PROMPTS
@@ -76,6 +78,25 @@ def test_key_value_heads_stay_whole_and_the_mlp_is_even_all_the_same():
     assert [part.mlp for part in parts_of(numbers(8, 2), 2)] == [range(768), range(768, 1536)]
 
 
+def test_a_head_over_the_cut_is_kept_by_both_ranks_where_they_may_share():
+    first, second = (TensorParallel.of(numbers(9, 3), rank, 2, NOBODY, share_heads=True) for rank in range(2))
+    assert first.kv_heads == second.kv_heads == (range(2), range(1, 3))
+    assert (first.queries, second.queries) == (range(6 * 64), range(3 * 64, 9 * 64))
+    assert (first.head_shares, second.head_shares) == (((0, 1), (0, 0.5)), ((0.5, 1), (0, 1)))
+    assert (first.mlp, first.vocab) == (range(768), range(500))
+    for config, size in ((numbers(8, 4), 2), (numbers(9, 3), 3), (numbers(8, 2), 4)):  # nothing lies over a cut
+        for rank in range(size):
+            shared = TensorParallel.of(config, rank, size, NOBODY, share_heads=True)
+            assert shared == TensorParallel.of(config, rank, size, NOBODY) and shared.head_shares is None
+
+
+@pytest.mark.parametrize("options", [FP32, replace(FP32, batch_invariant=True)], ids=["usual", "batch_invariant"])
+def test_ranks_on_a_cpu_share_heads_but_for_batch_invariance(options: ModelOptions):
+    ranks: Any = SimpleNamespace(rank=0, size=2, collectives=NOBODY)
+    assert (part_of(ranks, numbers(9, 3), options).head_shares is None) == options.batch_invariant
+    assert part_of(ranks, numbers(9, 3), replace(options, device=torch.device("cuda"))).head_shares is None
+
+
 def test_more_ranks_than_key_value_heads_have_copies_of_them():
     parts = parts_of(numbers(8, 2), 4)
     assert parts[0].kv_heads == (range(1), range(1), range(1, 2), range(1, 2))
@@ -101,17 +122,22 @@ def test_names_that_are_not_cut_are_whole():
 
 
 # ------------------------------------------------------------------ the same results
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, "2, sharing a head"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_family_gives_the_logits_of_one_rank(name: str, size: int):
+def test_every_family_gives_the_logits_of_one_rank(name: str, size: int | str):
     config_class, changes = CASES[name]
+    share_heads = isinstance(size, str)
+    if isinstance(size, str):
+        size, changes = 2, {**changes, "num_key_value_heads": 3}
     network = tiny_hf(tiny_config(config_class, **changes))
     run = PagedRun(ours_from(network))
     decode = {prompt: [ids[-1]] for prompt, ids in PROMPTS.items()}
     expected = [run.logits(PROMPTS), run.logits(decode)]
 
     def compute(rank: int, collectives: Collectives) -> list[dict[str, torch.Tensor]]:
-        run = PagedRun(part_of_model(network, TensorParallel.of(network.config, rank, size, collectives)))
+        parallel = TensorParallel.of(network.config, rank, size, collectives, share_heads=share_heads)
+        assert (parallel.head_shares is not None) == share_heads
+        run = PagedRun(part_of_model(network, parallel))
         return [run.logits(PROMPTS), run.logits(decode)]
 
     first, *_ = on_ranks(size, compute)

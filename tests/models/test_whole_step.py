@@ -128,7 +128,7 @@ STEPS: list[dict[str, list[int]]] = [
 
 def rank_model(network: Any, rank: int, size: int, collectives: Any) -> Any:
     """One rank's part of a network, in bfloat16."""
-    parallel = TensorParallel.of(network.config, rank, size, collectives)
+    parallel = TensorParallel.of(network.config, rank, size, collectives, share_heads=True)
     model = model_class(network.config)(parallel.narrow(network.config), ModelOptions(BF16, parallel=parallel))
     model.load_weights((name, x[parallel.part_of(name) or ...]) for name, x in weights_of(network).items())
     return model.eval()
@@ -147,11 +147,15 @@ def steps_of_ranks(network: Any, size: int, steps: list[dict[str, list[int]]] = 
 
 
 @pytest.mark.parametrize("has_cores", [True, False])
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_compute_what_one_computes_all_the_same_bits(size: int, has_cores: bool, monkeypatch: pytest.MonkeyPatch):
-    """With biases, which must be in the sum once. Right is the network in float32, of weights in bfloat16."""
+@pytest.mark.parametrize(("size", "num_kv_heads"), [(2, 2), (3, 2), (2, 3)])
+def test_ranks_compute_what_one_computes_all_the_same_bits(
+    size: int, num_kv_heads: int, has_cores: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """With biases, which must be in the sum once; three heads of two ranks have one that both share. Right is the
+    network in float32, of weights in bfloat16."""
     monkeypatch.setattr(collectives_module.os, "sched_getaffinity", lambda _: range(size if has_cores else 1))
-    network = tiny_hf(tiny_config("LlamaConfig", **WIDE, attention_bias=True, mlp_bias=True))
+    biases = {"attention_bias": True, "mlp_bias": True}
+    network = tiny_hf(tiny_config("LlamaConfig", **WIDE, **biases, num_key_value_heads=num_kv_heads))
     for parameter in network.parameters():
         parameter.copy_(parameter.bfloat16())
     exact_run = PagedRun(ours_from(network), block_size=16, num_blocks=32)

@@ -45,7 +45,10 @@ def decoder_step(
     num_kv_heads, num_blocks, block_size, head_size = weights.layers[0].k_cache.shape
     group = shape.num_heads // num_kv_heads
     layer_shape = LayerShape(
-        num_kv_heads, group, head_size, hidden_states.dtype, shape.sliding_window, all_tiles=False, all_rows=False
+        *(num_kv_heads, group, head_size, hidden_states.dtype, shape.sliding_window),
+        all_tiles=False,
+        all_rows=False,
+        head_shares=shape.head_shares,
     )
     plan = metadata.plan.derive(plan_layer, layer_shape, metadata.block_table)
     rows, prompts = plan.rows, plan.prompts  # with AMX there is no third way

@@ -46,6 +46,7 @@ def decoder_step(
             sliding_window=shape.sliding_window,
             soft_cap=None,
             alibi_slopes=None,
+            head_shares=shape.head_shares,
         )
         own = packed_matmul(attended.flatten(1), layer.o, layer.o_bias, shape.hidden_size, layer.o_levels)
         normed, residual = rms_norm(all_reduce(own), layer.post_norm, shape.eps, residual, False)

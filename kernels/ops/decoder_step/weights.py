@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from minivllm.kernels.decoder_step.meeting import Meeting
+from minivllm.kernels.paged_attention.metadata import HeadShares
 
 # What the cycles of the layers are counted for, and its place in the count.
 PARTS = ("norms", "products", "rotation", "attention", "sums")  # the last: over the ranks, waiting included
@@ -30,6 +31,7 @@ class DecoderShape:
     eps: float  # of all norms
     scale: float  # of query . key
     sliding_window: int | None = None  # tokens, the current one included
+    head_shares: HeadShares | None = None  # as paged_attention's
 
     @property
     def qkv_size(self) -> int:

@@ -21,12 +21,13 @@ from minivllm.kernels.dispatch import choose
 from minivllm.kernels.jit import supports
 from minivllm.kernels.paged_attention import cpu, reference
 from minivllm.kernels.paged_attention.cpu_plan import KEYS_PER_ITEM
-from minivllm.kernels.paged_attention.metadata import AttentionMetadata, StepTensors, validate_metadata
+from minivllm.kernels.paged_attention.metadata import AttentionMetadata, HeadShares, StepTensors, validate_metadata
 from minivllm.kernels.quantised_cache import check_scales, is_quantised
 
 __all__ = [
     "KEYS_PER_ITEM",
     "AttentionMetadata",
+    "HeadShares",
     "StepTensors",
     "encoder_attention",
     "paged_attention",
@@ -46,20 +47,25 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,  # [num_heads] fp32
     k_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size] fp32, for an int8 or float8 cache
     v_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size] fp32
+    head_shares: HeadShares | None = None,  # of each KV head, the part of the step's work that is done here
     impl: str = "auto",
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """Attention of every query row over its own request's context; `sliding_window` counts keys, its own included.
 
     With metadata.batch_invariant a row's bits depend on its request alone: not on the other requests, the chunking
-    or the block ids. Raises ValueError naming both sides where arguments do not fit. The tensors' shapes are checked
-    on every call (about 2 microseconds); metadata once per step, on the call that finds `metadata.plan` empty.
+    or the block ids. With head_shares, which CPUs alone have, a head is 0 for the requests for which another rank
+    computes it (heads_of_requests), and the sum over the ranks is the whole. Raises ValueError naming both sides where
+    arguments do not fit. The tensors' shapes are checked on every call (about 2 microseconds); metadata once per step,
+    on the call that finds `metadata.plan` empty.
     """
     _check_tensors(query, k_cache, v_cache, metadata)
     check_scales(k_cache, v_cache, k_scales, v_scales)
     if metadata.plan is None:
         _check_options(query, metadata, sliding_window, soft_cap, alibi_slopes)
+        _check_shares(head_shares, k_cache.shape[0], choose(impl, query))
         validate_metadata(metadata, num_blocks=k_cache.shape[1])
     scales = {"k_scales": k_scales, "v_scales": v_scales} if is_quantised(k_cache) else {}
+    shares = {} if head_shares is None else {"head_shares": head_shares}
     return _implementation(impl, query, has_scales=bool(scales)).paged_attention(
         query,
         k_cache,
@@ -70,6 +76,7 @@ def paged_attention(
         soft_cap=soft_cap,
         alibi_slopes=alibi_slopes,
         **scales,
+        **shares,
     )
 
 
@@ -149,6 +156,16 @@ def _check_options(
         raise ValueError(f"soft_cap: expected a positive number or None, got {soft_cap}")
     if alibi_slopes is not None and alibi_slopes.shape != (query.shape[1],):
         raise ValueError(f"alibi_slopes: expected [{query.shape[1]}], got {list(alibi_slopes.shape)}")
+
+
+def _check_shares(head_shares: HeadShares | None, num_kv_heads: int, implementation: str) -> None:
+    if head_shares is None:
+        return
+    if len(head_shares) != num_kv_heads or implementation == "triton":
+        raise ValueError(
+            f"head_shares: expected one for each of {num_kv_heads} key/value heads and an implementation for CPUs, "
+            f"got {len(head_shares)} and {implementation}"
+        )
 
 
 def _implementation(

@@ -27,7 +27,7 @@ from minivllm.kernels.paged_attention.cpu_primitives import (
 )
 from minivllm.kernels.paged_attention.cpu_prompts_amx import attend_prompts
 from minivllm.kernels.paged_attention.cpu_rows import attend_rows
-from minivllm.kernels.paged_attention.metadata import AttentionMetadata
+from minivllm.kernels.paged_attention.metadata import AttentionMetadata, HeadShares
 
 
 def paged_attention(
@@ -40,6 +40,7 @@ def paged_attention(
     sliding_window: int | None,
     soft_cap: float | None,
     alibi_slopes: torch.Tensor | None,  # [num_heads] fp32
+    head_shares: HeadShares | None = None,  # of each KV head
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """See the package's docstring. Fills metadata.plan on the first call of a step."""
     if metadata.plan is None:
@@ -49,7 +50,8 @@ def paged_attention(
     all_tiles = soft_cap is not None or alibi_slopes is not None
     num_kv_heads, head_size = k_cache.shape[0], k_cache.shape[3]
     group = query.shape[1] // num_kv_heads
-    shape = LayerShape(num_kv_heads, group, head_size, query.dtype, sliding_window, all_tiles, metadata.batch_invariant)
+    all_rows = metadata.batch_invariant
+    shape = LayerShape(num_kv_heads, group, head_size, query.dtype, sliding_window, all_tiles, all_rows, head_shares)
     plan = metadata.plan.derive(plan_layer, shape, metadata.block_table)
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -102,51 +104,50 @@ def _long_queries(
     num_kv_heads, head_size = k_cache.shape[0], k_cache.shape[3]
     k, v = (cache.view(num_kv_heads, -1, head_size) for cache in (k_cache, v_cache))  # one slot per row
     q, grouped = (x.view(len(x), num_kv_heads, -1, head_size) for x in (query, out))  # the heads of a group together
-    for prefill in plan.prefills:
-        _prefill(q, k, v, grouped, prefill, scale)
-    for tile in plan.tiles:
-        _tile(q, k, v, grouped, tile, scale, soft_cap, alibi_slopes)
+    slopes = None if alibi_slopes is None else alibi_slopes.view(q.shape[1:3])
+    for part in (*plan.prefills, *plan.tiles):
+        rows = slice(part.first_row, part.first_row + part.num_rows)
+        own, keys, values = part.heads, _read(k, part.keys)[part.heads], _read(v, part.keys)[part.heads]
+        grouped[rows, : own.start], grouped[rows, own.stop :] = 0, 0
+        if own.start == own.stop:
+            continue
+        if isinstance(part, PrefillPart):
+            attended = _prefill(q[rows, own], keys, values, scale)
+        else:
+            attended = _tile(q[rows, own], keys, values, part, scale, soft_cap, None if slopes is None else slopes[own])
+        grouped[rows, own] = attended.permute(2, 0, 1, 3)
 
 
 def _prefill(
-    q: torch.Tensor,  # [num_tokens, num_kv_heads, group, head_size]
-    k: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
-    v: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
-    out: torch.Tensor,  # [num_tokens, num_kv_heads, group, head_size], this request's rows are written
-    part: PrefillPart,
+    q: torch.Tensor,  # [num_rows, num_kv_heads, group, head_size]
+    keys: torch.Tensor,  # [num_kv_heads, num_keys, head_size], the last are the rows' own
+    values: torch.Tensor,  # [num_kv_heads, num_keys, head_size]
     scale: float,
-) -> None:
+) -> torch.Tensor:  # [num_kv_heads, group, num_rows, head_size]
     """Causal attention over the rows' own keys, merged with the earlier context, which needs no mask."""
-    rows = slice(part.first_row, part.first_row + part.num_rows)
-    keys, values = _read(k, part.keys), _read(v, part.keys)
-    own = part.keys.num_keys - part.num_rows
-    attended, lse = flash_heads(q[rows], keys[:, own:], values[:, own:], scale=scale, is_causal=True)
+    own = keys.shape[1] - len(q)
+    attended, lse = flash_heads(q, keys[:, own:], values[:, own:], scale=scale, is_causal=True)
     if own:
-        earlier, earlier_lse = flash_heads(q[rows], keys[:, :own], values[:, :own], scale=scale)
+        earlier, earlier_lse = flash_heads(q, keys[:, :own], values[:, :own], scale=scale)
         attended = merge(earlier, earlier_lse, attended, lse)
-    out[rows] = attended.permute(2, 0, 1, 3)
+    return attended
 
 
 def _tile(
-    q: torch.Tensor,  # [num_tokens, num_kv_heads, group, head_size]
-    k: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
-    v: torch.Tensor,  # [num_kv_heads, num_slots, head_size]
-    out: torch.Tensor,  # [num_tokens, num_kv_heads, group, head_size], the tile's rows are written
+    q: torch.Tensor,  # [num_rows, num_kv_heads, group, head_size]
+    keys: torch.Tensor,  # [num_kv_heads, num_keys, head_size]
+    values: torch.Tensor,  # [num_kv_heads, num_keys, head_size]
     tile: Tile,
     scale: float,
     soft_cap: float | None,
-    alibi_slopes: torch.Tensor | None,  # [num_heads]
-) -> None:
-    rows = slice(tile.first_row, tile.first_row + tile.num_rows)
-    keys, values = _read(k, tile.keys), _read(v, tile.keys)
+    alibi_slopes: torch.Tensor | None,  # [num_kv_heads, group]
+) -> torch.Tensor:  # [num_kv_heads, group, num_rows, head_size]
     mask = tile.mask  # [num_rows, num_keys]
     if alibi_slopes is not None:
-        mask = mask + alibi_bias(alibi_slopes.view(q.shape[1:3]), *mask.shape, tile.offset).to(q.dtype)
+        mask = mask + alibi_bias(alibi_slopes, *mask.shape, tile.offset).to(q.dtype)
     if soft_cap is None:
-        attended, _ = flash_heads(q[rows], keys, values, scale=scale, attn_mask=mask)
-    else:
-        attended = soft_cap_attention(q[rows].permute(1, 2, 0, 3), keys, values, mask, scale, soft_cap)
-    out[rows] = attended.permute(2, 0, 1, 3)
+        return flash_heads(q, keys, values, scale=scale, attn_mask=mask)[0]
+    return soft_cap_attention(q.permute(1, 2, 0, 3), keys, values, mask, scale, soft_cap)
 
 
 def _read(cache: torch.Tensor, keys: Keys) -> torch.Tensor:  # [num_kv_heads, num_slots or num_keys, head_size]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from minivllm.kernels.paged_attention.cpu_rows_amx import can_use_amx
-from minivllm.kernels.paged_attention.metadata import AttentionMetadata
+from minivllm.kernels.paged_attention.metadata import AttentionMetadata, HeadShares, heads_of_requests
 
 # Up to so many rows the compiled loop wins: it reads a block of keys once for all of them. From here on flash
 # attention's matrix products do.
@@ -45,6 +45,7 @@ class LayerShape(NamedTuple):
     sliding_window: int | None
     all_tiles: bool  # soft cap or ALiBi: no long query can take a faster way
     all_rows: bool  # batch-invariant
+    head_shares: HeadShares | None = None  # of each KV head; None: all of each
 
 
 @dataclass
@@ -91,6 +92,7 @@ class PrefillPart:
 
     first_row: int
     num_rows: int
+    heads: slice  # KV heads; those of the others become 0
     keys: Keys
 
 
@@ -100,6 +102,7 @@ class Tile:
 
     first_row: int
     num_rows: int
+    heads: slice  # as PrefillPart's
     offset: int  # positions from the first key to the first row
     keys: Keys
     mask: torch.Tensor  # [num_rows, num_keys] 0 or -inf
@@ -111,8 +114,8 @@ class RowPlan:
 
     block_table: np.ndarray  # [num_reqs, max_blocks_per_req] int32
     # of each item: its request, first row of the query, rows, position of its first row, first key, end of its keys,
-    # and whether no other item is about these rows
-    items: np.ndarray  # [num_items, 7] int64
+    # whether no other item is about these rows, and the first and the end of its KV heads; those of others become 0
+    items: np.ndarray  # [num_items, 9] int64
     chunks: np.ndarray  # [num_chunks + 1] int64: items chunks[c] .. chunks[c + 1] are about the same rows
     window: int
     has_shared_rows: bool  # whether any rows are the work of several items
@@ -127,8 +130,8 @@ class PromptPlan:
     """The prompts of a step, or none."""
 
     # of each prompt: its request, first row of the query, rows, position of its first row, first key that is laid out,
-    # end of its keys, and how many keys are laid out before its own
-    prompts: np.ndarray  # [num_prompts, 7] int64
+    # end of its keys, how many keys are laid out before its own, and KV heads as an item's
+    prompts: np.ndarray  # [num_prompts, 9] int64
     works: np.ndarray  # [num_works, 2] int64: a prompt, the first of its rows
     tiles: np.ndarray  # [num_prompt_tiles, 2] int64: a prompt, the first of 32 keys
     num_keys: int  # that are laid out, of all prompts: multiples of 32
@@ -210,25 +213,37 @@ def plan_layer(
     prompts: list[Context] = []
     prefills: list[PrefillPart] = []
     tiles: list[Tile] = []
+    heads = _heads_of(contexts, shape)
     for context in contexts:
         window = shape.sliding_window
         if shape.all_rows or context.num_rows <= SHORT_QUERY_TOKENS:
             rows.append(context)
         elif shape.all_tiles:
-            tiles.extend(_tiles(context, shape))
+            tiles.extend(_tiles(context, heads[context.request], shape))
         elif can_use_amx(shape.dtype, shape.head_size):
             prompts.append(context)
         elif window is not None and context.seq_len > window:
-            tiles.extend(_tiles(context, shape))
+            tiles.extend(_tiles(context, heads[context.request], shape))
         else:
             keys = _keys(context, np.arange(context.seq_len))
-            prefills.append(PrefillPart(context.first_row, context.num_rows, keys))
+            own = slice(*heads[context.request])
+            prefills.append(PrefillPart(context.first_row, context.num_rows, own, keys))
     table = block_table.numpy()
-    return LayerPlan(_plan_rows(rows, table, shape), _plan_prompts(prompts, table, shape), prefills, tiles)
+    parts = _plan_rows(rows, heads, table, shape), _plan_prompts(prompts, heads, table, shape)
+    return LayerPlan(*parts, prefills, tiles)
+
+
+def _heads_of(contexts: Sequence[Context], shape: LayerShape) -> list[tuple[int, int]]:
+    """First and end of each request's KV heads."""
+    starts = [0, *(context.first_row + context.num_rows for context in contexts)]
+    seq_lens = [context.seq_len for context in contexts]
+    found = heads_of_requests(starts, seq_lens, shape.num_kv_heads, shape.head_shares)
+    return [(first, end) for first, end in found.tolist()]
 
 
 def _plan_rows(
     contexts: Sequence[Context],
+    heads: Sequence[tuple[int, int]],  # of every request
     block_table: np.ndarray,  # [num_reqs, max_blocks_per_req] int32
     shape: LayerShape,
 ) -> RowPlan:
@@ -243,13 +258,14 @@ def _plan_rows(
             first_key = 0 if window is None else max(0, first + 1 - window)
             keys = range(first_key - first_key % KEYS_PER_ITEM, end, KEYS_PER_ITEM)
             about = (context.request, context.first_row + row, num_rows, first)
-            items += [(*about, key, min(end, key + KEYS_PER_ITEM), len(keys) == 1) for key in keys]
+            own = heads[context.request]
+            items += [(*about, key, min(end, key + KEYS_PER_ITEM), len(keys) == 1, *own) for key in keys]
             chunks.append(len(items))
     most_rows = max((num_rows for _, _, num_rows, *_ in items), default=0)
     outputs = (len(items), shape.num_kv_heads, most_rows * shape.group)
     return RowPlan(
         block_table,
-        np.array(items, np.int64).reshape(-1, 7),
+        np.array(items, np.int64).reshape(-1, 9),
         np.asarray(chunks),
         NO_WINDOW if window is None else window,
         has_shared_rows=len(items) >= len(chunks),
@@ -261,6 +277,7 @@ def _plan_rows(
 
 def _plan_prompts(
     contexts: Sequence[Context],
+    heads: Sequence[tuple[int, int]],  # of every request
     block_table: np.ndarray,  # [num_reqs, max_blocks_per_req] int32
     shape: LayerShape,
 ) -> PromptPlan:
@@ -276,13 +293,13 @@ def _plan_prompts(
         about = (context.request, context.first_row, context.num_rows, position, first_key, context.seq_len, num_keys)
         works += [(len(prompts), row) for row in range(0, context.num_rows, PROMPT_ROWS)]
         tiles += [(len(prompts), key) for key in range(first_key, context.seq_len, TILE_PAIR)]
-        prompts.append(about)
+        prompts.append((*about, *heads[context.request]))
         num_keys += -(-(context.seq_len - first_key) // TILE_PAIR) * TILE_PAIR
     # Later rows see more keys. Numba gives each thread one run of the works: every run gets some of all.
     threads = torch.get_num_threads()
     works = [work for thread in range(threads) for work in works[thread::threads]]
     return PromptPlan(
-        np.array(prompts, np.int64).reshape(-1, 7),
+        np.array(prompts, np.int64).reshape(-1, 9),
         np.array(works, np.int64).reshape(-1, 2),
         np.array(tiles, np.int64).reshape(-1, 2),
         num_keys,
@@ -292,7 +309,7 @@ def _plan_prompts(
     )
 
 
-def _tiles(context: Context, shape: LayerShape) -> Iterator[Tile]:
+def _tiles(context: Context, heads: tuple[int, int], shape: LayerShape) -> Iterator[Tile]:
     """Cuts a request's rows into tiles, each with just the keys that its rows may see."""
     window = shape.sliding_window
     masks: dict[tuple[int, int, int], torch.Tensor] = {}  # the tiles inside a long prompt share one mask
@@ -305,7 +322,7 @@ def _tiles(context: Context, shape: LayerShape) -> Iterator[Tile]:
         if key not in masks:
             masks[key] = torch.from_numpy(causal_mask(*key, window)).to(shape.dtype)
         keys = _keys(context, np.arange(first_key, first_key + num_keys))
-        yield Tile(context.first_row + start, num_rows, position - first_key, keys, masks[key])
+        yield Tile(context.first_row + start, num_rows, slice(*heads), position - first_key, keys, masks[key])
 
 
 def _keys(context: Context, positions: np.ndarray) -> Keys:  # [num_keys]

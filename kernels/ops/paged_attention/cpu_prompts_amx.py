@@ -90,7 +90,7 @@ def lay_out(
     caches: tuple[int, ...],  # k and v: [num_kv_heads, num_blocks, block_size, head_size]
     sizes: tuple[int, ...],  # num_tokens, num_kv_heads, num_blocks, block_size, group, head_size
     known_head_size: Any,  # the head size as a constant
-    prompts: Any,  # [num_prompts, 7]
+    prompts: Any,  # [num_prompts, 9]
     block_table: Any,  # [num_reqs, max_blocks_per_req]
     tiles: Any,  # [num_prompt_tiles, 2]
     laid_out: tuple[int, ...],  # keys and values, written; how many keys
@@ -102,7 +102,9 @@ def lay_out(
     for number in prange(len(tiles) * num_kv_heads):
         tile, head = number // num_kv_heads, number % num_kv_heads
         prompt, first = tiles[tile]
-        request, _, _, _, first_key, end_key, offset = prompts[prompt]
+        request, _, _, _, first_key, end_key, offset, first_head, end_head = prompts[prompt]
+        if not first_head <= head < end_head:
+            continue
         slots = head * num_blocks * block_size
         keys = array_at(caches[0], (num_kv_heads * num_blocks * block_size, words), WORD)
         values = array_at(caches[1], (num_kv_heads * num_blocks * block_size, head_size), BFLOAT16)
@@ -150,15 +152,21 @@ def attend(
     window: int,
 ) -> None:
     """Arguments as lay_out's; scale must be positive."""
-    _, num_kv_heads, _, _, group, _ = sizes
+    num_tokens, num_kv_heads, _, _, group, _ = sizes
     head_size, num_keys = value_of(known_head_size), laid_out[2]
     row_bytes = num_kv_heads * group * head_size * BYTES
     for number in prange(len(works) * num_kv_heads):
-        load_tiles_shape(TILE_SHAPE.ctypes.data)
         work, head = number // num_kv_heads, number % num_kv_heads
         prompt, first = works[work]
-        _, first_row, num_rows, position, first_key, end_key, offset = prompts[prompt]
+        _, first_row, num_rows, position, first_key, end_key, offset, first_head, end_head = prompts[prompt]
         count = min(ROWS, num_rows - first)
+        if not first_head <= head < end_head:  # another rank's
+            others = array_at(out, (num_tokens, num_kv_heads, group * head_size), BFLOAT16)
+            for row in range(first_row + first, first_row + first + count):
+                for d in range(group * head_size):
+                    others[row, head, d] = 0
+            continue
+        load_tiles_shape(TILE_SHAPE.ctypes.data)
         about = (position + first, count, first_key, min(end_key, position + first + count), window)
         place = (head * num_keys + offset) * head_size * BYTES
         for member in range(group):

@@ -25,7 +25,7 @@ import torch
 
 from minivllm.kernels.jit import array_at, constant, exp, jit, largest_of, like, narrow, prange, tanh, value_of, widen
 from minivllm.kernels.paged_attention.cpu_plan import RowPlan
-from minivllm.kernels.paged_attention.cpu_rows_amx import attend_with_amx, can_use_amx
+from minivllm.kernels.paged_attention.cpu_rows_amx import attend_with_amx, can_use_amx, leave_out
 
 
 def attend_rows(
@@ -109,7 +109,7 @@ def attend(
     sizes: tuple[int, ...],  # num_tokens, num_kv_heads, num_blocks, block_size, group, head_size
     known_head_size: Any,  # the head size as a constant, where it is a common one
     block_table: Any,  # [num_reqs, max_blocks_per_req]
-    items: Any,  # [num_items, 7]
+    items: Any,  # [num_items, 9]
     score_options: tuple[float, float],  # scale, and soft cap or 0
     slopes: Any,  # [num_heads]
     window: int,
@@ -128,8 +128,11 @@ def attend(
     outs = array_at(out, (num_tokens, num_kv_heads, group, head_size), like)
     for work in prange(len(items) * num_kv_heads):
         item, head = work // num_kv_heads, work % num_kv_heads
-        request, first_row, num_rows, position, first_key, end_key, is_alone = items[item]
+        request, first_row, num_rows, position, first_key, end_key, is_alone, first_head, end_head = items[item]
         num_queries = num_rows * group
+        if not first_head <= head < end_head:
+            leave_out(items[item], item, head, group, outs, attended, totals)
+            continue
         q = np.empty((num_queries, head_size), np.float32)
         num_tiles = (end_key - first_key + TILE_KEYS - 1) // TILE_KEYS
         weights = np.empty((num_queries, num_tiles * TILE_KEYS), np.float32)
@@ -197,7 +200,7 @@ def attend(
 
 @jit
 def merge(
-    items: Any,  # [num_items, 7]
+    items: Any,  # [num_items, 9]
     chunks: Any,  # [num_chunks + 1]
     attended: Any,  # [num_items, num_kv_heads, rows * group, head_size] changed
     totals: Any,  # [num_items, num_kv_heads, rows * group, 2]

@@ -54,7 +54,7 @@ def attend_with_amx(
     sizes: tuple[int, ...],  # num_tokens, num_kv_heads, num_blocks, block_size, group, head_size
     known_head_size: Any,  # the head size as a constant
     block_table: Any,  # [num_reqs, max_blocks_per_req]
-    items: Any,  # [num_items, 7]
+    items: Any,  # [num_items, 9]
     score_options: tuple[float, float],  # scale, and soft cap or 0
     slopes: Any,  # [num_heads]
     window: int,
@@ -108,7 +108,10 @@ def attend_item(
     queries = array_at(query, (num_tokens, num_kv_heads, group, head_size), like)
     outs = array_at(out, (num_tokens, num_kv_heads, group, head_size), like)
     item, head = work // num_kv_heads, work % num_kv_heads
-    request, first_row, num_rows, position, first_key, end_key, is_alone = items[item]
+    request, first_row, num_rows, position, first_key, end_key, is_alone, first_head, end_head = items[item]
+    if not first_head <= head < end_head:
+        leave_out(items[item], item, head, group, outs, attended, totals)
+        return
     num_queries = num_rows * group
     first_pair = max(0, position + 1 - window - first_key) // (2 * TILE)  # of tiles, that any of the rows sees
     num_pairs = -(-(end_key - first_key) // (2 * TILE))
@@ -160,6 +163,26 @@ def attend_item(
             else:
                 for d in range(head_size):
                     attended[item, head, q, d] = sums[0, i, d] + sums[1, i, d]
+
+
+@jit
+def leave_out(
+    item: Any,  # [9]
+    number: int,
+    head: int,
+    group: int,
+    outs: Any,  # [num_tokens, num_kv_heads, group, head_size] written, where the item is alone
+    attended: Any,  # [num_items, num_kv_heads, rows * group, head_size] written
+    totals: Any,  # [num_items, num_kv_heads, rows * group, 2] written
+) -> None:
+    """Zeros for a KV head that another rank computes."""
+    first_row, num_rows, is_alone = item[1], item[2], item[6]
+    for i in range(num_rows * group):
+        totals[number, head, i, 0], totals[number, head, i, 1] = 0, 1
+        for d in range(outs.shape[3]):
+            attended[number, head, i, d] = 0
+            if is_alone:
+                outs[first_row + i // group, head, i % group, d] = 0
 
 
 @jit

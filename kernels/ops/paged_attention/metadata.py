@@ -5,9 +5,13 @@ per step; read by paged_attention and its implementations. On a GPU its lists ar
 worker/gpu.py keeps at fixed addresses. Twin in vLLM: CommonAttentionMetadata in v1/attention/backend.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+HeadShares = tuple[tuple[float, float], ...]  # of each KV head: from where to where of a step's work, within 0 and 1
 
 
 @dataclass
@@ -59,6 +63,30 @@ class StepTensors:
             metadata.block_table.to(device=device, dtype=torch.int32).contiguous(),
             max(metadata.seq_lens),
         )
+
+
+def heads_of_requests(
+    query_start_loc: Sequence[int],  # [num_reqs + 1]
+    seq_lens: Sequence[int],  # [num_reqs]
+    num_kv_heads: int,
+    shares: HeadShares | None,
+) -> np.ndarray:  # [num_reqs, 2] int64
+    """Of each request the KV heads whose attention is computed here: the first, and the end.
+
+    Several ranks may keep the same head and share its work by requests. A request stands in the middle of its own part
+    of the step's work, and whose share of a head that point lies in computes the head for it. A rank shares its first
+    head and its last at most, so its heads of a request are neighbours.
+    """
+    heads = np.empty((len(seq_lens), 2), np.int64)
+    heads[:] = 0, num_kv_heads
+    if shares is not None:
+        work = np.diff(query_start_loc) * np.asarray(seq_lens, np.float64)  # scores
+        points = (np.cumsum(work) - work / 2) / work.sum()
+        own = [(start <= points) & (points < end) for start, end in shares]  # of each head [num_reqs]
+        heads[:, 0] += ~own[0]
+        heads[:, 1] -= ~own[-1]
+        heads[:, 1] = np.maximum(heads[:, 0], heads[:, 1])  # one head only, and it is another's
+    return heads
 
 
 def validate_metadata(metadata: AttentionMetadata, num_blocks: int) -> None:

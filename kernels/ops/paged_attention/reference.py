@@ -7,7 +7,7 @@ tests/kernels/attention/test_flash_attn.py.
 
 import torch
 
-from minivllm.kernels.paged_attention.metadata import AttentionMetadata
+from minivllm.kernels.paged_attention.metadata import AttentionMetadata, HeadShares, heads_of_requests
 
 
 def paged_attention(
@@ -22,6 +22,7 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None,  # [num_heads]
     k_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size]
     v_scales: torch.Tensor | None = None,  # [num_kv_heads, num_blocks, block_size]
+    head_shares: HeadShares | None = None,  # of each KV head
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     """Row at position p of a request attends that request's keys at positions 0..p. See the package's docstring."""
     out = torch.empty_like(query)
@@ -45,6 +46,11 @@ def paged_attention(
             soft_cap=soft_cap,
             bias=None if alibi_slopes is None else -alibi_slopes.to(query.dtype)[:, None, None] * distance,
         ).transpose(0, 1)
+    group = query.shape[1] // k_cache.shape[0]
+    heads = heads_of_requests(starts, metadata.seq_lens, k_cache.shape[0], head_shares)
+    for r, (first, end) in enumerate(heads.tolist()):
+        out[starts[r] : starts[r + 1], : first * group] = 0
+        out[starts[r] : starts[r + 1], end * group :] = 0
     return out
 
 
