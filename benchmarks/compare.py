@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4-16": {"quantization": "int4+bf16"},
     "compile": {"compile": True},
     "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 6}},
+    "2ranks": {"tensor_parallel_size": 2},
 }
 
 console = Console()

@@ -111,20 +111,31 @@ class SharedMemoryCollectives:
                         place.copy_(slots[rank][: place.numel()].view(place.shape))
         return part if self.rank else whole
 
+    def broadcast(self, data: torch.Tensor) -> torch.Tensor:
+        """Rank 0's bytes on every rank, in place, whenever they come. data: [num_bytes]. Raises EngineDeadError."""
+        for piece in data.split(SLOT_BYTES):
+            slots = self._exchange(piece if self.rank == 0 else piece[:0], in_step=False)
+            if self.rank:
+                piece.copy_(slots[0][: len(piece)])
+        return data
+
     def close(self) -> None:
         """Leave: whoever waits for this rank gets an error."""
         for stream in self._sockets.values():
             stream.close()
 
-    def _exchange(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Write the own values [n], wait for the others; every rank's slot, valid until the next but one exchange."""
+    def _exchange(self, values: torch.Tensor, *, in_step: bool = True) -> list[torch.Tensor]:
+        """Write the own values [n], wait for the others; every rank's slot, valid until the next but one exchange.
+
+        in_step: who takes too long is stuck. Else nobody knows when the others come.
+        """
         self._count += 1
         slots = [slot.view(values.dtype) for slot in self._slots[int(self._count[0]) & 1]]
         slots[self.rank][: len(values)].copy_(values)
-        self._meet()
+        self._meet(PATIENCE_SECONDS if in_step else None)
         return slots
 
-    def _meet(self) -> None:
+    def _meet(self, patience: float | None) -> None:
         """Go on when every rank has come. The system calls keep the order of memory: written before sent."""
         try:
             for stream in self._sockets.values():
@@ -132,9 +143,9 @@ class SharedMemoryCollectives:
         except OSError:  # closed; who it was is seen below, or there
             pass
         for rank, stream in self._sockets.items():
-            self._wait_for(rank, stream)
+            self._wait_for(rank, stream, patience)
 
-    def _wait_for(self, rank: int, stream: socket.socket) -> None:
+    def _wait_for(self, rank: int, stream: socket.socket, patience: float | None) -> None:
         for _ in range(self._spins):
             try:
                 signal = stream.recv(1)
@@ -144,7 +155,7 @@ class SharedMemoryCollectives:
             except OSError:
                 raise gone(rank) from None
         else:
-            if not select.select([stream], [], [], PATIENCE_SECONDS)[0]:
+            if not select.select([stream], [], [], patience)[0]:
                 raise stuck(rank)
             try:
                 signal = stream.recv(1)

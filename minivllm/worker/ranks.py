@@ -3,8 +3,8 @@
     rank 0    the engine's process: scheduler, sampler, server. Starts the others, tells them every call first.
     rank 1..  rank_process.py: waits for a call, makes it, waits for the next
 
-A call is a JSON object (a pickle could be code) that gloo broadcasts; a report, a list of numbers from every rank, goes
-the other way. Who started the ranks decides what they compute through (collectives.py):
+A call is a JSON object (a pickle could be code) that goes to all through shared memory, or gloo; a report, a list of
+numbers from every rank, goes the other way. Who started the ranks decides what they compute through (collectives.py):
 
     rank 0, with as many processes as it needs     CPU: shared memory. GPU: NCCL
     torchrun, or whoever set RANK and WORLD_SIZE   CPU: gloo. GPU: NCCL. Over several machines as well
@@ -115,6 +115,8 @@ class Ranks:
         return call
 
     def _broadcast(self, data: torch.Tensor) -> torch.Tensor:  # [num_bytes] uint8
+        if isinstance(self.collectives, SharedMemoryCollectives):  # a tenth of gloo's time
+            return self.collectives.broadcast(data)
         try:
             dist.broadcast(data, 0, group=self._calls)
         except RuntimeError as error:

@@ -48,6 +48,33 @@ def test_rank_0_gathers_all_columns_in_order(widths: tuple[int, ...], num_rows: 
     assert all(torch.equal(other, own) for other, own in zip(others, parts[1:], strict=True))
 
 
+@pytest.mark.parametrize("num_bytes", [0, 1, 4096, 2 * SLOT_BYTES + 5])
+@pytest.mark.parametrize("size", [2, 3])
+def test_everybody_gets_the_bytes_of_rank_0_between_sums(num_bytes: int, size: int):
+    data = torch.randint(256, (num_bytes,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+    def hear(rank: int, collectives: SharedMemoryCollectives) -> list[torch.Tensor]:
+        found = []
+        for _ in range(3):
+            found.append(collectives.broadcast(data.clone() if rank == 0 else torch.zeros_like(data)))
+            collectives.all_reduce(torch.ones(5))
+        return found
+
+    assert all(torch.equal(found, data) for of_rank in on_ranks(size, hear) for found in of_rank)
+
+
+def test_a_call_is_waited_for_longer_than_a_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "SPINS", 1)
+
+    def hear(rank: int, collectives: SharedMemoryCollectives) -> int:
+        if rank == 0:
+            time.sleep(0.3)
+        return int(collectives.broadcast(torch.tensor([7 * (rank == 0)], dtype=torch.uint8))[0])
+
+    assert on_ranks(2, hear) == [7, 7]
+
+
 def test_a_fast_rank_never_overwrites_what_a_slow_one_still_reads(monkeypatch: pytest.MonkeyPatch):
     def many(rank: int, collectives: SharedMemoryCollectives) -> list[float]:
         found = []

@@ -27,6 +27,7 @@ from minivllm.kernels.paged_attention.metadata import AttentionMetadata
 from minivllm.kernels.rms_norm.cpu import norm_row, norm_rows, sum_of_squares
 
 ROWS_FOR_THREADS = 8  # fewer are done before a second thread has begun
+ROWS_FOR_EACH_RANK = 4  # of fewer every rank sums and norms all, and they meet half as often
 
 
 def decoder_step(
@@ -121,14 +122,15 @@ def run_layers(
     hidden_size, num_heads, qkv_size, intermediate_size = sizes
     hidden, normed, qkv, query, attended, gated, scratch = workspace
 
+    now = cycles()
+    add_and_norm(hidden, residual, layers[0, 0], normed, num_rows, hidden_size, eps, like)
+    spend(spent, NORMS, now)
     for number in range(len(layers)):
-        input_norm, post_norm, q_norm, k_norm, k_cache, v_cache = layers[number, :6]
+        _, post_norm, q_norm, k_norm, k_cache, v_cache = layers[number, :6]
         values, biases, levels = layers[number, 6:10], layers[number, 10:14], layers[number, 14:]
         w_qkv, w_o, w_gate_up, w_down = [(values[i], levels[i]) for i in range(4)]
         qkv_bias, o_bias, gate_up_bias, down_bias = biases
         now = cycles()
-        add_and_norm(hidden, residual, input_norm, normed, num_rows, hidden_size, eps, like)
-        now = spend(spent, NORMS, now)
         multiply(normed, w_qkv, qkv_bias, qkv, (num_rows, hidden_size, qkv_size), scratch, like)
         now = spend(spent, PRODUCTS, now)
         norms, caches = (q_norm, k_norm), (k_cache, v_cache)
@@ -142,45 +144,57 @@ def run_layers(
             about = (cache_sizes, known_head_size, prompts[0])
             lay_out(caches, *about, contexts[0], prompts[1], laid_out)
             attend_prompts(query, attended, *about, prompts[2], laid_out, scoring[0][0], scoring[2])
-        now = spend(spent, ATTENTION, now)
-        sizes_of_o = (num_rows, num_heads * head_size, hidden_size)
-        if not multiply_and_sum(attended, w_o, o_bias, hidden, sizes_of_o, scratch, meeting, spent, like):
+        spend(spent, ATTENTION, now)
+        sizes_of_o, norm = (num_rows, num_heads * head_size, hidden_size), (residual, post_norm, normed)
+        if not multiply_and_norm(attended, w_o, o_bias, hidden, sizes_of_o, scratch, norm, eps, meeting, spent, like):
             return False
         now = cycles()
-        add_and_norm(hidden, residual, post_norm, normed, num_rows, hidden_size, eps, like)
-        now = spend(spent, NORMS, now)
         sizes_of_gate = (num_rows, hidden_size, intermediate_size)
         multiply_and_gate(normed, w_gate_up, gate_up_bias, gated, sizes_of_gate, scratch, like)
         spend(spent, PRODUCTS, now)
         sizes_of_down = (num_rows, intermediate_size, hidden_size)
-        if not multiply_and_sum(gated, w_down, down_bias, hidden, sizes_of_down, scratch, meeting, spent, like):
+        norm = (residual, last_norm, out)
+        if number + 1 < len(layers):
+            norm = (residual, layers[number + 1, 0], normed)
+        if not multiply_and_norm(
+            gated, w_down, down_bias, hidden, sizes_of_down, scratch, norm, eps, meeting, spent, like
+        ):
             return False
-    add_and_norm(hidden, residual, last_norm, out, num_rows, hidden_size, eps, like)
     return True
 
 
 @jit
-def multiply_and_sum(
+def multiply_and_norm(
     rows: int,  # as `multiply` takes them
     weight: tuple[int, int],
     bias: int,
-    out: int,  # [num_rows, out_features] written
+    hidden: int,  # [num_rows, out_features] written: the sum
     sizes: tuple[int, ...],  # num_rows, in_features of this rank, out_features
     scratch: int,
+    norm: tuple[int, ...],  # residual, weight, and what is written
+    eps: float,
     meeting: tuple[int, ...],
     spent: Any,
     like: Any,
 ) -> bool:
-    """out = rows . weight + bias, summed over the ranks. False: another rank did not come."""
+    """residual += rows . weight + bias, summed over the ranks; out = norm(residual). False: another rank did not come.
+
+    Of many rows each rank sums and norms some and then they hand each other what they have. So a rank's residual is
+    right for its own rows only, in every layer the same.
+    """
     num_rows, in_features, out_features = sizes
+    residual, norm_weight, out = norm
     rank, size, slots, slot_bytes, _, count_at, _, _ = meeting
     now = cycles()
     if size == 1:
-        multiply(rows, weight, bias, out, sizes, scratch, like)
-        spend(spent, PRODUCTS, now)
+        multiply(rows, weight, bias, hidden, sizes, scratch, like)
+        now = spend(spent, PRODUCTS, now)
+        add_and_norm(hidden, residual, norm_weight, out, num_rows, out_features, eps, like)
+        spend(spent, NORMS, now)
         return True
     count, row_bytes = array_at(count_at, (1,), INT64), out_features * BYTES
     rows_at_once = slot_bytes // row_bytes // SLOT_ROWS * SLOT_ROWS
+    is_shared = num_rows >= size * ROWS_FOR_EACH_RANK
     for first in range(0, num_rows, rows_at_once):
         some = min(rows_at_once, num_rows - first)
         count[0] += 1
@@ -190,9 +204,34 @@ def multiply_and_sum(
         now = spend(spent, PRODUCTS, now)
         if not meet(meeting, count[0]):
             return False
-        add_up(parts, size, slot_bytes, out + first * row_bytes, some * out_features, like)
+        start = some * rank // size if is_shared else 0
+        num = some * (rank + 1) // size - start if is_shared else some
+        at = (first + start) * row_bytes
+        add_up(parts + start * row_bytes, size, slot_bytes, hidden + at, num * out_features, like)
         now = spend(spent, SUMS, now)
+        target, finished = out + at, slots
+        if is_shared:
+            count[0] += 1
+            finished = slots + (count[0] & 1) * size * slot_bytes
+            target = finished + rank * slot_bytes
+        add_and_norm(hidden + at, residual + at, norm_weight, target, num, out_features, eps, like)
+        now = spend(spent, NORMS, now)
+        if is_shared:
+            if not meet(meeting, count[0]):
+                return False
+            for other in range(size):
+                start, end = some * other // size, some * (other + 1) // size
+                place = out + (first + start) * row_bytes
+                copy(finished + other * slot_bytes, place, (end - start) * out_features, like)
+            now = spend(spent, SUMS, now)
     return True
+
+
+@jit
+def copy(source: int, target: int, num_values: int, like: Any) -> None:
+    values, copies = array_at(source, (num_values,), like), array_at(target, (num_values,), like)
+    for i in range(num_values):
+        copies[i] = values[i]
 
 
 @jit(inline="always")

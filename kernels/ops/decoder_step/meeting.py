@@ -1,7 +1,8 @@
 """Where the ranks of one model meet inside the compiled step: the sum of what each of them has of a product.
 
 Every rank multiplies into its slot of a memory that all of them see, raises its counter, waits until the others have
-raised theirs, and adds up all slots in the order of the ranks: all get the same bits. There are two sets of slots, used
+raised theirs, and adds up all slots in the order of the ranks: all get the same bits. Of many rows a rank adds up some
+only, and writes what became of them into a slot of the next set for the others. There are two sets of slots, used
 in turn: a slow rank may still read one while a fast one writes the other, and for the next but one they must meet.
 
 Parts are bfloat16, rounded once, as the result of a product is anywhere else; they are added in float32 and rounded
