@@ -31,7 +31,7 @@ def plan_of(requests: list[Request], shape: Shape = SHAPE, **options: Any) -> La
 
 def items_of(plan: LayerPlan) -> list[tuple[int, int, int, int, int]]:
     """Request, first row, rows, first key and end of each item."""
-    return [(request, row, rows, key, end) for request, row, rows, _, key, end, _ in plan.rows.items.tolist()]
+    return [(request, row, rows, key, end) for request, row, rows, _, key, end, *_ in plan.rows.items.tolist()]
 
 
 def how(keys: Keys) -> str:
@@ -186,3 +186,12 @@ def test_soft_cap_and_alibi_make_tiles_of_long_queries_only(options: dict[str, A
     assert shape_of(plan) == (2, 0, 2)
     assert [(t.first_row, t.num_rows, t.offset) for t in plan.tiles] == [(5, 128, 10), (133, 12, 138)]
     assert [how(t.keys) for t in plan.tiles] == ["gather", "gather"]
+
+
+# ------------------------------------------------------------------ heads that two ranks share
+def test_a_request_stands_in_the_middle_of_its_work():
+    requests = [Request(30, seed=1), Request(20, seed=2), Request(40, 20, seed=3), Request(50, seed=4)]
+    batch = make_batch(requests, SHAPE)  # scores: 30, 20, 800, 50
+    batch.run(head_shares=((0.0, 1.0), (0.0, 0.5)))
+    assert [(first, end) for *_, first, end in batch.plan.rows.items.tolist()] == [(0, 2), (0, 2), (0, 1)]
+    assert [prefill.heads for prefill in batch.plan.prefills] == [slice(0, 1)]  # its middle: 450 of 900
