@@ -38,13 +38,13 @@ OFFLINE = "--offline"  # this file again, as the process that holds the engine
 
 
 # ------------------------------------------------------------------ the engine, in a process of its own
-def run_offline(model: str | None, dtype: str) -> None:
+def run_offline(model: str | None, dtype: str, quantization: str | None) -> None:
     """A line in: [[prompt_token_ids, num_output_tokens], ...]; a line out: Measured."""
     from minivllm import LLM, SamplingParams
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    engine = LLM(model, dtype=dtype).llm_engine
+    engine = LLM(model, dtype=dtype, quantization=quantization).llm_engine
     print("ready", file=answers)
     for line in sys.stdin:
         start, first = time.perf_counter(), {}
@@ -60,8 +60,8 @@ def run_offline(model: str | None, dtype: str) -> None:
 class Offline:
     name = "engine"
 
-    def __init__(self, model: Path | None, dtype: str) -> None:
-        command = [sys.executable, __file__, OFFLINE, str(model or ""), dtype]
+    def __init__(self, model: Path | None, dtype: str, quantization: str | None = None) -> None:
+        command = [sys.executable, __file__, OFFLINE, str(model or ""), dtype, quantization or ""]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
@@ -77,8 +77,9 @@ class Offline:
 class Server:
     name = "HTTP"
 
-    def __init__(self, model: Path | None, dtype: str) -> None:
+    def __init__(self, model: Path | None, dtype: str, quantization: str | None = None) -> None:
         command = [sys.executable, "-m", "minivllm.cli", "serve", *([model] if model else [])]
+        command += ["--quantization", quantization] if quantization else []
         self.process = subprocess.Popen(
             [*command, "--port", "0", "--json", "--dtype", dtype],
             stdout=subprocess.PIPE,
@@ -229,6 +230,7 @@ def _median_and_range(values: list[float], digits: int) -> tuple[str, str]:
 
 if __name__ == "__main__":
     if OFFLINE in sys.argv:
-        run_offline(sys.argv[-2] or None, sys.argv[-1])
+        model, dtype, quantization = sys.argv[-3:]
+        run_offline(model or None, dtype, quantization or None)
     else:
         typer.run(main)

@@ -38,14 +38,14 @@ START_SECONDS = 300.0
 class Replicas(Server):
     """deploy/ray_serve.py, asked as the server is."""
 
-    def __init__(self, num_replicas: int, dtype: str) -> None:
+    def __init__(self, num_replicas: int, dtype: str, quantization: str | None) -> None:
         self.name = f"{num_replicas} replicas"
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         cpus = max(1, num_cores() // num_replicas)
         command = [sys.executable, SCRIPT, "--num-replicas", str(num_replicas), "--cpus", str(cpus)]
         self.process = subprocess.Popen(
-            [*command, "--port", str(port), "--engine", json.dumps({"dtype": dtype})],
+            [*command, "--port", str(port), "--engine", json.dumps({"dtype": dtype, "quantization": quantization})],
             stdout=subprocess.DEVNULL,
             process_group=0,
         )
@@ -68,6 +68,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     num_replicas: Annotated[int, typer.Option(min=1)] = 2,
     dtype: Annotated[str, typer.Option(help="auto: bfloat16 where the processor multiplies it, else float32")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="Of the weights, on all sides: gguf, int8, int4.")] = None,
 ) -> None:
     """Measure the three in turns and print the ratios."""
     machine = describe()
@@ -76,11 +77,12 @@ def main(
     os.environ["OMP_NUM_THREADS"] = str(num_cores())
     wait_awake_for_a_moment()  # all sides, as the command line does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the end below
-    console.print({**machine, "flags": len(machine["flags"])}, dtype)
+    console.print({**machine, "flags": len(machine["flags"])}, dtype, quantization)
     sides: list[Offline | Server] = []
     seconds: list[list[float]] = [[], [], []]
     try:
-        sides += [Offline(None, dtype), Server(None, dtype), Replicas(num_replicas, dtype)]
+        sides += [Offline(None, dtype, quantization), Server(None, dtype, quantization)]
+        sides.append(Replicas(num_replicas, dtype, quantization))
         console.print("loaded")
         for number in range(rounds + 1):  # the first one warms up
             requests = random_requests(32, seed=32_000 + number)

@@ -5,18 +5,18 @@
     int4+bf16    the same, with the bfloat16 weight beside it                                    2.6
     with AMX     both of int4 in strips, and nothing beside them: our own product                0.63
 
-Microseconds on one thread of an Intel Xeon with AMX, busy with others (CPU time, best of 4 rounds, `python
-benchmarks/weight_formats.py`; int4's rows above 4 are its int8 form). A layer of SmolLM2-135M and its head:
+Microseconds on one thread of an Intel Xeon with AMX (CPU time, best of 5 rounds, `python
+benchmarks/weight_formats.py`). A layer of SmolLM2-135M and its head:
 
-    rows              1      2      4      8     16     32     64    256
-    layer  bfloat16   883    849    870    851    901    999   1158   2259
-           int8       990    964   1057   1141   1409   1936   2996   7578
-           int4       304    357    449      -      -      -      -      -
-    head   bfloat16  5929   5998   6045   5961   6329   7800   9230  18380
-           int8      3420   3791   3985   4598   6293   8709  16144  69180
+    rows                  1      2      4      8     16     32     64    256
+    layer  bfloat16     922    881    860    900    928   1027   1236   1944
+           int8        1062   1051   1085   1186   1382   1748   2305   4764
+           strips       511    498    501    576    680    918   1130   2722
+    head   bfloat16    4836   4734   4749   4759   4950   5681   7250  17791
+           int8        3016   2900   3113   3445   4697   6277  12342  48203
+           strips      2187   2247   2363   2560   3370   4967   7255  24648
 
-(All of int8's rows are from before its rows were split as they are now, int4's from before its strips; to be measured
-again.) So with AMX int8 is a format for memory, and for the head of a few rows; int4 is the one for speed.
+So with AMX int8 is a format for memory, and for the head of a few rows; int4 is the one for speed.
 
 **int4 is for few rows without AMX.** torch's product spends per row what it spends once per weight, so from FEW_ROWS
 on another form of the same weight is faster. In bfloat16 that is never slower than an unquantised model, and gives its

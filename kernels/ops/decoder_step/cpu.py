@@ -196,34 +196,54 @@ def multiply_and_norm(
     rows_at_once = slot_bytes // row_bytes // SLOT_ROWS * SLOT_ROWS
     is_shared = num_rows >= size * ROWS_FOR_EACH_RANK
     for first in range(0, num_rows, rows_at_once):
-        some = min(rows_at_once, num_rows - first)
+        some, at = min(rows_at_once, num_rows - first), first * row_bytes
         count[0] += 1
         parts = slots + (count[0] & 1) * size * slot_bytes
         source, own = rows + first * in_features * BYTES, parts + rank * slot_bytes
         multiply(source, weight, bias, own, (some, in_features, out_features), scratch, like)
         now = spend(spent, PRODUCTS, now)
+        places = (hidden + at, residual + at, norm_weight, out + at)
+        if not sum_and_norm(parts, places, some, out_features, is_shared, eps, meeting, spent, like):
+            return False
+        now = cycles()
+    return True
+
+
+@jit
+def sum_and_norm(
+    parts: int,  # every rank's part of the rows, this rank's is written
+    places: tuple[int, ...],  # hidden, residual, weight, out: of these rows
+    num_rows: int,
+    size: int,
+    is_shared: bool,  # each rank takes some of the rows, else every rank all of them
+    eps: float,
+    meeting: tuple[int, ...],
+    spent: Any,
+    like: Any,
+) -> bool:
+    """hidden = the sum of the parts, residual += hidden, out = norm(residual). False: another rank did not come."""
+    hidden, residual, weight, out = places
+    rank, num_ranks, slots, slot_bytes, _, count_at, _, _ = meeting
+    count, row_bytes, now = array_at(count_at, (1,), INT64), size * BYTES, cycles()
+    if not meet(meeting, count[0]):
+        return False
+    start, end = (num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks) if is_shared else (0, num_rows)
+    at, target, finished = start * row_bytes, out + start * row_bytes, slots
+    add_up(parts + at, num_ranks, slot_bytes, hidden + at, (end - start) * size, like)
+    now = spend(spent, SUMS, now)
+    if is_shared:  # into a slot of the next set
+        count[0] += 1
+        finished = slots + (count[0] & 1) * num_ranks * slot_bytes
+        target = finished + rank * slot_bytes
+    add_and_norm(hidden + at, residual + at, weight, target, end - start, size, eps, like)
+    now = spend(spent, NORMS, now)
+    if is_shared:
         if not meet(meeting, count[0]):
             return False
-        start = some * rank // size if is_shared else 0
-        num = some * (rank + 1) // size - start if is_shared else some
-        at = (first + start) * row_bytes
-        add_up(parts + start * row_bytes, size, slot_bytes, hidden + at, num * out_features, like)
-        now = spend(spent, SUMS, now)
-        target, finished = out + at, slots
-        if is_shared:
-            count[0] += 1
-            finished = slots + (count[0] & 1) * size * slot_bytes
-            target = finished + rank * slot_bytes
-        add_and_norm(hidden + at, residual + at, norm_weight, target, num, out_features, eps, like)
-        now = spend(spent, NORMS, now)
-        if is_shared:
-            if not meet(meeting, count[0]):
-                return False
-            for other in range(size):
-                start, end = some * other // size, some * (other + 1) // size
-                place = out + (first + start) * row_bytes
-                copy(finished + other * slot_bytes, place, (end - start) * out_features, like)
-            now = spend(spent, SUMS, now)
+        for other in range(num_ranks):
+            start, end = num_rows * other // num_ranks, num_rows * (other + 1) // num_ranks
+            copy(finished + other * slot_bytes, out + start * row_bytes, (end - start) * size, like)
+        spend(spent, SUMS, now)
     return True
 
 
