@@ -47,11 +47,16 @@ class Trace:
 
 
 class Observer:
-    """Hooks on an engine's network. Nothing else may run in the engine while `run` does."""
+    """Hooks on an engine's network. Nothing else may run in the engine while `run` does.
+
+    Hooks see modules, so meanwhile these compute every step: a step in one call (models/whole_step.py) would call none.
+    """
 
     def __init__(self, engine: LLMEngine):
         self.engine = engine
         self.model: Any = engine._executor.model
+        self._path: Any = engine._executor._runner.path  # type: ignore[union-attr]
+        self._decoder_weights: Any = None  # what the path computes its steps with, while it must not
         self._rows: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._handles: list[Any] = []
         self.linears: dict[str, tuple[Linear, str]] = {}  # point -> the product and the shard that it comes from
@@ -72,12 +77,16 @@ class Observer:
             self._handles.append(hook)
         self._handles.append(self.model.register_forward_hook(lambda *call: self._add("final", call[2])))
         self.layers_path = path
+        if hasattr(self._path, "decoder_weights"):
+            self._decoder_weights, self._path.decoder_weights = self._path.decoder_weights, None
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if hasattr(self._path, "decoder_weights"):
+            self._path.decoder_weights = self._decoder_weights
 
     # ------------------------------------------------------------------ hooks
     def _watch_ours(self, base: Any) -> None:

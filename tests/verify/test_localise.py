@@ -10,10 +10,13 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from golden.tiny import DECODERS
+from minivllm import LLM
 from minivllm.engine.llm_engine import read_model_facts
+from minivllm.kernels.amx import HAS_AMX
 from minivllm.models import gguf_to_hf
 from minivllm.verify.engines import Engines
 from minivllm.verify.localise import check_layers
+from minivllm.verify.observe import Observer
 from minivllm.verify.records import FAIL, OK
 from minivllm.verify.reference import Reference
 from tests.models.checkpoints import gguf_name, hf_weights, to_llama_cpp, write_gguf
@@ -68,3 +71,16 @@ def test_a_group_scale_that_a_file_reader_gets_wrong_is_localised(tmp_path: Path
     found = look(path)[2][0]
     assert (found.kind, found.component, found.layers) == ("wrong scale of the weight", "mlp.up_proj", [1])
     assert "2 times transformers' in rows 0-" in found.evidence and "columns 0-31" in found.evidence
+
+
+def test_an_engine_whose_steps_are_one_call_is_looked_at_module_by_module() -> None:
+    """The default model in bfloat16, which with AMX calls no module at all."""
+    engine = LLM(dtype="bfloat16", max_model_len=64, kv_cache_memory_bytes=16 << 20).llm_engine
+    path = engine._executor._runner.path
+    weights = path.decoder_weights
+    assert (weights is not None) == HAS_AMX
+    with Observer(engine) as observer:
+        trace = observer.run(list(range(100, 140)), max_tokens=3)
+    points = [trace.get(point) for point in ("final", "layers.0.self_attn.o_proj", "layers.29.mlp.down_proj")]
+    assert len(trace.output_ids) == 3 and [len(values) for values in points] == [42, 42, 42]
+    assert path.decoder_weights is weights
