@@ -43,6 +43,7 @@ SEND_BUFFER_BYTES = 128 * 1024
 LOOK_SECONDS = 0.05
 SWEEP_SECONDS = 1.0  # between two looks for connections that hang
 LAST_WORDS_SECONDS = 5.0  # for error events to leave
+REASON_SECONDS = 1.0  # for an engine that ends to tell its streams why; a dead rank is seen here before its step fails
 
 
 class Server:
@@ -237,7 +238,8 @@ def serve(load: Callable[[], Engines], config: ServerConfig, on_ready: Callable[
         on_ready(server)
         while not signals and server.service.is_alive:
             time.sleep(LOOK_SECONDS)
-        server.drain(config.shutdown_timeout_seconds if server.service.is_alive else 0.0, lambda: len(signals) > 1)
+        patience = config.shutdown_timeout_seconds if server.service.is_alive else REASON_SECONDS
+        server.drain(patience, lambda: len(signals) > 1)
         code = 0 if signals else 1
     finally:
         server.stop()
