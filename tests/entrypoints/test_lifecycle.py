@@ -23,6 +23,7 @@ from minivllm import LLM, AsyncEngine, ConfigError
 from minivllm.entrypoints.app import create_app
 from minivllm.entrypoints.server import Server, make_server, serve
 from minivllm.entrypoints.service import ServerConfig
+from minivllm.errors import EngineDeadError
 from tests.engine.test_async_engine import Gate, assert_idle, settle
 from tests.entrypoints.helpers import CHAT, COMPLETIONS, HELLO, PATIENCE, events_of, eventually
 from tests.entrypoints.test_server import connect, get, in_background, post, read
@@ -477,3 +478,33 @@ def test_a_second_signal_ends_them_now(wide: AsyncEngine, wide_llm: LLM, monkeyp
     assert len(ends) == 4
     for last, done in ends:
         assert (last["error"]["type"], done) == ("service_unavailable", "[DONE]")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_streams_of_an_engine_that_ends_hear_why(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
+    """A rank that is gone is seen by the server before the step that waits for it fails."""
+    llm = LLM(tiny_model("llama"), dtype="float32", num_gpu_blocks_override=64)
+    gate = Gate(llm, monkeypatch)
+    answers: list[bytes] = []
+    threads = []
+
+    def fail() -> None:
+        raise EngineDeadError("rank 1 of this model has ended")
+
+    def end_in_a_moment() -> None:
+        time.sleep(0.3)
+        monkeypatch.setattr(llm.llm_engine, "step", fail)
+        gate.open()
+
+    def ready(server: Server) -> None:
+        clients = open_streams(server, 2, **LONG)
+        gate.wait()
+        threads.append(in_background(lambda: answers.extend(read_all(clients))))
+        monkeypatch.setattr(type(llm.llm_engine), "is_alive", property(lambda _: False))
+        threads.append(in_background(end_in_a_moment))
+
+    assert serve(lambda: AsyncEngine(llm.llm_engine), ServerConfig(port=0), ready) == 1
+    for thread in threads:
+        thread.join(PATIENCE)
+    errors = [events_in(raw)[-2]["error"]["message"] for raw in answers]
+    assert len(errors) == 2 and all("rank 1 of this model has ended" in error for error in errors)
